@@ -1,0 +1,76 @@
+"""Memory-efficient RLHF in PyTorch Lightning.
+
+Public names are imported on first use, so that ``import lit_rlhf`` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lit_rlhf.algorithms import PPO, SFT, BackboneModule, HydraSFT, OnPolicyModule, RewardModel
+    from lit_rlhf.backbone import LAYOUTS, Backbone, Layout, LoraArgs, Role, Trunk
+    from lit_rlhf.data import InstructionData, PreferenceData, PromptData
+    from lit_rlhf.functional import AdaptiveKL, FixedKL, KLController
+    from lit_rlhf.rollout import (
+        Experience,
+        FunctionReward,
+        Reward,
+        RoleReward,
+        RolloutBuffer,
+        Sampling,
+        WeightedReward,
+    )
+
+__version__ = "0.1.0"
+
+_ROOMS = {
+    "algorithms": ["PPO", "SFT", "BackboneModule", "HydraSFT", "OnPolicyModule", "RewardModel"],
+    "backbone": ["LAYOUTS", "Backbone", "Layout", "LoraArgs", "Role", "Trunk"],
+    "data": ["InstructionData", "PreferenceData", "PromptData"],
+    "functional": ["AdaptiveKL", "FixedKL", "KLController"],
+    "rollout": [
+        "Experience",
+        "FunctionReward",
+        "Reward",
+        "RoleReward",
+        "RolloutBuffer",
+        "Sampling",
+        "WeightedReward",
+    ],
+}
+_HOME = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = [
+    "LAYOUTS",
+    "PPO",
+    "SFT",
+    "AdaptiveKL",
+    "Backbone",
+    "BackboneModule",
+    "Experience",
+    "FixedKL",
+    "FunctionReward",
+    "HydraSFT",
+    "InstructionData",
+    "KLController",
+    "Layout",
+    "LoraArgs",
+    "OnPolicyModule",
+    "PreferenceData",
+    "PromptData",
+    "Reward",
+    "RewardModel",
+    "Role",
+    "RoleReward",
+    "RolloutBuffer",
+    "Sampling",
+    "Trunk",
+    "WeightedReward",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lit_rlhf' has no attribute {name!r}")
+    return getattr(import_module(f"lit_rlhf.{_HOME[name]}"), name)

@@ -1,0 +1,152 @@
+"""What every algorithm shares: building the backbone, its optimizer, and checkpoints that hold only what was trained."""
+
+from typing import Any, ClassVar
+
+import lightning as L
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lit_rlhf.backbone import (
+    RECORD_KEY,
+    Backbone,
+    BackboneSpec,
+    DType,
+    Layout,
+    LoraArgs,
+    build_backbone,
+    check_artefacts,
+    load_tokenizer,
+    make_record,
+)
+
+
+class BackboneModule(L.LightningModule):
+    """Base of all algorithms.
+
+    Args:
+        model: Base model: hub name, local folder, ``.gguf`` file, ``package:NAME`` (the GGUF file of an installed
+            package) or ``random:FOLDER`` (random weights from a config; ``random:tiny`` ships with lit_rlhf).
+        optimizer: Optimizer class path with all its arguments.
+        lr_scheduler: Learning-rate schedule.
+        tokenizer: Tokenizer name, in the forms of ``model``; None means the model's own.
+        dtype: Dtype of the trunks. LoRA sets and scalar heads are float32 always.
+        lora: The trained LoRA sets; None trains the whole trunk.
+        policy_checkpoint: Stage checkpoint the policy trunks start from; None starts from ``model`` itself.
+        gradient_checkpointing: Recompute activations in backward: less memory, more time.
+    """
+
+    lr_interval: ClassVar[str] = "step"
+
+    def __init__(
+        self,
+        model: str,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        tokenizer: str | None = None,
+        dtype: DType = "float32",
+        lora: LoraArgs | None = None,
+        policy_checkpoint: str | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.spec = BackboneSpec(model, tokenizer, dtype, lora, policy_checkpoint)
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.gradient_checkpointing = gradient_checkpointing
+        # Checkpoints hold the trainables only; `on_load_checkpoint` compares the names instead.
+        self.strict_loading = False
+        self.backbone: Backbone
+        self.temperature = 1.0
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._eos_ids: list[int] = []
+
+    def make_layout(self) -> Layout:
+        """Return the layout of this run; the one thing a new kind of stage has to say about its model."""
+        raise NotImplementedError(f"{type(self).__name__} must define make_layout")
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer; data modules read it from here."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.spec.tokenizer or self.spec.model)
+        return self._tokenizer
+
+    @property
+    def pad_id(self) -> int:
+        """Token id that fills padding."""
+        return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Every token id that ends a response."""
+        return self._eos_ids
+
+    def configure_model(self) -> None:
+        """Build the backbone, once."""
+        if hasattr(self, "backbone"):
+            return
+        layout = self.make_layout()
+        check_artefacts(self.spec, layout)
+        self.backbone = build_backbone(self.spec, layout, self.gradient_checkpointing, self.temperature)
+        self._eos_ids = sorted({int(self.tokenizer.eos_token_id), *self.backbone.eos_token_ids})  # type: ignore[arg-type]
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the optimizer's parameter groups."""
+        parameters = dict(self.backbone.named_parameters())
+        return [{"params": [parameters[name] for name in self.backbone.trainable_names]}]
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer and its schedule from the given classes."""
+        optimizer = self.optimizer(self.parameter_groups())
+        if self.lr_scheduler is None:
+            return optimizer
+        schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": self.lr_interval}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the trained tensors only."""
+        state = super().state_dict(*args, **kwargs)
+        trained = {f"backbone.{name}" for name in self.backbone.trainable_names}
+        return {key: value for key, value in state.items() if key in trained}
+
+    def _record(self) -> dict[str, Any]:
+        algorithm = f"{type(self).__module__}.{type(self).__qualname__}"
+        return make_record(algorithm, self.spec, self.backbone.layout, self.backbone.trainable_names)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the record by which later stages find the frozen rest."""
+        checkpoint[RECORD_KEY] = self._record()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another algorithm, model or layout: resuming it would train something else.
+
+        Raises:
+            ValueError: The checkpoint does not belong to this configuration; the first difference is named.
+        """
+        saved = checkpoint.get(RECORD_KEY)
+        if saved is None:
+            raise ValueError("this checkpoint was not written by lit_rlhf; it cannot be resumed")
+        ours = self._record()
+        for key in ("algorithm", "layout", "trainable_names"):
+            if saved[key] != ours[key]:
+                raise ValueError(f"cannot resume: the checkpoint's {key} differs from the configuration's\n"
+                                 f"  checkpoint:    {_shortened(saved[key])}\n  configuration: {_shortened(ours[key])}")
+        for key, value in ours["spec"].items():
+            if saved["spec"][key] != value:
+                raise ValueError(f"cannot resume: {key} was {saved['spec'][key]!r} and is now {value!r}")
+
+    def log_all(self, prefix: str, values: dict[str, Tensor | float], **kwargs: Any) -> None:
+        """Log values under ``prefix/``."""
+        self.log_dict({f"{prefix}/{name}": value for name, value in values.items()}, **kwargs)
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all ranks (without a trainer: itself)."""
+        if self._trainer is None:
+            return tensor
+        return self.trainer.strategy.reduce(tensor.clone(), reduce_op="sum")  # type: ignore[return-value]
+
+
+def _shortened(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 300 else text[:300] + " ..."

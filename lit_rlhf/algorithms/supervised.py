@@ -1,0 +1,166 @@
+"""The supervised stages: SFT, reward model and Hydra-SFT. Each is one trunk with one or two heads, one pass a batch."""
+
+from typing import Any, ClassVar
+
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torchmetrics import Metric
+
+from lit_rlhf.algorithms.base import BackboneModule
+from lit_rlhf.backbone import Layout, supervised_layout
+from lit_rlhf.backbone.roles import HeadName
+from lit_rlhf.functional import cross_entropy, preference_loss
+from lit_rlhf.metrics import PairwiseAccuracy, RewardMargin, TokenPerplexity
+
+Batch = dict[str, Tensor]
+
+
+class SupervisedModule(BackboneModule):
+    """Base of the supervised stages; a subclass names its heads and defines :meth:`losses`.
+
+    Args:
+        model: See :class:`BackboneModule`.
+        optimizer: See :class:`BackboneModule`.
+        **kwargs: See :class:`BackboneModule`.
+    """
+
+    heads: ClassVar[dict[str, HeadName]] = {}
+
+    def __init__(self, model: str, optimizer: OptimizerCallable, **kwargs: Any) -> None:
+        super().__init__(model, optimizer, **kwargs)
+        self.metrics: dict[str, Metric] = self.make_metrics()
+        for name, metric in self.metrics.items():
+            # Registered one by one: Lightning moves and resets metrics that are attributes.
+            self.add_module(f"metric_{name}", metric)
+
+    def make_layout(self) -> Layout:
+        """Return one trunk, read by every head in one pass."""
+        return supervised_layout(self.heads, lora=self.spec.lora is not None)
+
+    def make_metrics(self) -> dict[str, Metric]:
+        """Return the validation metrics by name."""
+        raise NotImplementedError(f"{type(self).__name__} must define make_metrics")
+
+    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], dict[str, tuple[Tensor, ...]]]:
+        """Return the loss, its named parts, and for each metric the arguments of its update."""
+        raise NotImplementedError(f"{type(self).__name__} must define losses")
+
+    def read(self, batch: Batch, lm_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Read every head in one pass."""
+        roles = tuple(self.heads)
+        return self.backbone(roles, batch["tokens"], batch["attention_mask"], batch["mask"], lm_mask=lm_mask)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of one batch."""
+        loss, parts, _ = self.losses(batch)
+        values = {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
+        self.log_all("train", values, batch_size=len(batch["mask"]), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Update and log the held-out metrics."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """As validation, under ``test/``."""
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Batch, prefix: str) -> None:
+        loss, _, updates = self.losses(batch)
+        self.log(f"{prefix}/loss", loss, batch_size=len(batch["mask"]), sync_dist=True)
+        for name, arguments in updates.items():
+            self.metrics[name].update(*arguments)
+            self.log(f"{prefix}/{name}", self.metrics[name], prog_bar=True)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Return what each head says of each sequence."""
+        return self.read(batch)
+
+
+class SFT(SupervisedModule):
+    """Supervised fine-tuning: cross-entropy over response tokens, prompt tokens masked.
+
+    Args:
+        model: See :class:`BackboneModule`.
+        optimizer: See :class:`BackboneModule`.
+        **kwargs: See :class:`BackboneModule`.
+    """
+
+    heads: ClassVar[dict[str, HeadName]] = {"actor": "lm"}
+
+    def make_metrics(self) -> dict[str, Metric]:
+        """Return perplexity."""
+        return {"perplexity": TokenPerplexity()}
+
+    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], dict[str, tuple[Tensor, ...]]]:
+        """Return the cross-entropy of an instruction batch."""
+        log_probs = self.read(batch)["actor"]
+        return cross_entropy(log_probs, batch["mask"]), {}, {"perplexity": (log_probs, batch["mask"])}
+
+
+class RewardModel(SupervisedModule):
+    """A reward model on preference pairs: ``-log sigmoid(r(x, y_w) - r(x, y_l))``.
+
+    With ``lora`` it is PE-RLHF's (Sidahmed et al. 2024, arXiv:2403.10704): the trunk stays frozen. Without, the
+    whole trunk is trained.
+
+    Args:
+        model: See :class:`BackboneModule`.
+        optimizer: See :class:`BackboneModule`.
+        **kwargs: See :class:`BackboneModule`.
+    """
+
+    heads: ClassVar[dict[str, HeadName]] = {"reward": "reward"}
+
+    def make_metrics(self) -> dict[str, Metric]:
+        """Return pairwise accuracy and margin."""
+        return {"accuracy": PairwiseAccuracy(), "margin": RewardMargin()}
+
+    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], dict[str, tuple[Tensor, ...]]]:
+        """Return the preference loss of a batch whose first half is chosen, second half rejected."""
+        chosen, rejected = self.read(batch)["reward"].chunk(2)
+        pair = (chosen.detach(), rejected.detach())
+        return preference_loss(chosen, rejected), {}, {"accuracy": pair, "margin": pair}
+
+
+class HydraSFT(SupervisedModule):
+    """One decoder, two heads: language model and reward model trained together.
+
+    Paper    Santacroce et al. 2023, arXiv:2309.00754, section on Hydra-SFT
+    Loss     ``L_xent(y_w | x) + gamma * L_pref``; one pass over chosen and rejected serves both heads, and rejected
+             responses cost no language-model head work.
+
+    Args:
+        model: See :class:`BackboneModule`.
+        optimizer: See :class:`BackboneModule`.
+        gamma: Weight of the preference loss.
+        **kwargs: See :class:`BackboneModule`.
+    """
+
+    heads: ClassVar[dict[str, HeadName]] = {"actor": "lm", "reward": "reward"}
+
+    def __init__(self, model: str, optimizer: OptimizerCallable, gamma: float = 0.1, **kwargs: Any) -> None:
+        if gamma < 0:
+            raise ValueError(f"gamma must not be negative, got {gamma}")
+        super().__init__(model, optimizer, **kwargs)
+        self.gamma = gamma
+
+    def make_metrics(self) -> dict[str, Metric]:
+        """Return perplexity of the chosen responses, pairwise accuracy and margin."""
+        return {"perplexity": TokenPerplexity(), "accuracy": PairwiseAccuracy(), "margin": RewardMargin()}
+
+    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], dict[str, tuple[Tensor, ...]]]:
+        """Return the joint loss of a batch whose first half is chosen, second half rejected."""
+        pairs = len(batch["mask"]) // 2
+        lm_mask = batch["mask"].clone()
+        lm_mask[pairs:] = False
+        read = self.read(batch, lm_mask)
+        chosen, rejected = read["reward"].chunk(2)
+        language = cross_entropy(read["actor"], lm_mask)
+        preference = preference_loss(chosen, rejected)
+        pair = (chosen.detach(), rejected.detach())
+        return (
+            language + self.gamma * preference,
+            {"cross_entropy": language, "preference": preference},
+            {"perplexity": (read["actor"].detach(), lm_mask), "accuracy": pair, "margin": pair},
+        )

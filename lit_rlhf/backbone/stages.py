@@ -1,0 +1,273 @@
+"""Reading what an earlier stage wrote: the model that role R of checkpoint C reads.
+
+A stage checkpoint holds only what was trained. The frozen rest is found again through the record that every
+checkpoint carries: the base model's name and the checkpoints the stage itself started from.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_rlhf.backbone.adapters import LoraArgs
+from lit_rlhf.backbone.loading import DType, load_language_model
+from lit_rlhf.backbone.roles import ArtefactName, HeadName, Layout, Role, Trunk
+
+RECORD_KEY = "lit_rlhf"
+FORMAT = 1
+
+
+@dataclass
+class BackboneSpec:
+    """Everything that says where a backbone's weights come from; plain data, saved in every checkpoint.
+
+    Args:
+        model: Base model name (see :func:`lit_rlhf.backbone.loading.resolve_source`).
+        tokenizer: Tokenizer name; None means the model's.
+        dtype: Dtype of the trunks. LoRA sets and scalar heads are float32 always.
+        lora: The trained LoRA sets; None where trunks are fully trained.
+        policy_checkpoint: Stage checkpoint (SFT, Hydra-SFT, an earlier PPO) the policy trunks start from.
+        reward_checkpoint: Reward-model checkpoint; None means the policy checkpoint's own reward head, if any.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    dtype: DType = "float32"
+    lora: LoraArgs | None = None
+    policy_checkpoint: str | None = None
+    reward_checkpoint: str | None = None
+
+    def checkpoint_of(self, artefact: ArtefactName) -> str | None:
+        """Return the checkpoint that trunks of this artefact start from; None is the base model."""
+        if artefact == "reward" and self.reward_checkpoint is not None:
+            return self.reward_checkpoint
+        return self.policy_checkpoint
+
+
+def make_record(algorithm: str, spec: BackboneSpec, layout: Layout, trainable_names: list[str]) -> dict[str, Any]:
+    """Return the plain-data record that a checkpoint carries under :data:`RECORD_KEY`."""
+    plain = asdict(spec)
+    for key in ("policy_checkpoint", "reward_checkpoint"):
+        plain[key] = str(Path(plain[key]).resolve()) if plain[key] else None
+    return {
+        "format": FORMAT,
+        "algorithm": algorithm,
+        "spec": plain,
+        "layout": {
+            "roles": {name: [r.trunk, r.adapter, r.head] for name, r in layout.roles.items()},
+            "trunks": {name: [t.artefact, t.trained] for name, t in layout.trunks.items()},
+            "trained_heads": sorted(layout.trained_heads),
+            "loaded_adapters": sorted(layout.loaded_adapters),
+        },
+        "trainable_names": list(trainable_names),
+    }
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Load a checkpoint file written by this package, tensors mapped lazily, plain types only.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not a readable checkpoint of this package.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"checkpoint {file} does not exist; give the .ckpt file that an earlier stage wrote")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise ValueError(f"checkpoint {file} cannot be read ({type(error).__name__}: {error})") from error
+    record = content.get(RECORD_KEY) if isinstance(content, dict) else None
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise ValueError(f"checkpoint {file} was not written by this version of lit_rlhf (no {RECORD_KEY!r} record)")
+    return content
+
+
+@dataclass
+class LoraSet:
+    """One LoRA set outside a model.
+
+    Args:
+        args: Its configuration.
+        tensors: PEFT's names without the adapter's name (``base_model.model.….lora_A.weight``) to tensors.
+    """
+
+    args: LoraArgs
+    tensors: dict[str, Tensor]
+
+    @property
+    def scaling(self) -> float:
+        """The factor on ``B @ A``."""
+        return self.args.alpha / (self.args.r**0.5 if self.args.use_rslora else self.args.r)
+
+
+@dataclass
+class RoleModel:
+    """A base model and the LoRA sets stacked on it, in the order they were trained."""
+
+    base: PreTrainedModel
+    sets: list[LoraSet]
+
+    def merged(self) -> PreTrainedModel:
+        """Fold the sets into the base weights, once, and return it."""
+        for lora_set in self.sets:
+            attached = attach_lora(self.base, lora_set.args.to_peft(), lora_set.tensors)
+            self.base = attached.merge_and_unload()  # type: ignore[operator]
+        self.sets = []
+        return self.base
+
+    def as_peft(self) -> PeftModel:
+        """Return one PEFT model with one set, the exact sum of the stacked ones, active as ``default``.
+
+        Raises:
+            ValueError: There is no LoRA set (the role's trunk was trained in full).
+        """
+        if not self.sets:
+            raise ValueError("this role has no LoRA set; export it with format 'merged'")
+        summed = self.sets[0] if len(self.sets) == 1 else concatenate(self.sets)
+        return attach_lora(self.base, summed.args.to_peft(), summed.tensors)
+
+
+def attach_lora(model: PreTrainedModel, config: LoraConfig, tensors: dict[str, Tensor]) -> PeftModel:
+    """Wrap a model with one LoRA set named ``default`` and load its tensors.
+
+    Raises:
+        ValueError: The tensors do not fit the model.
+    """
+    attached = get_peft_model(model, config)
+    assert isinstance(attached, PeftModel)
+    result = set_peft_model_state_dict(attached, tensors)
+    missing = [key for key in result.missing_keys if "lora_" in key]
+    if result.unexpected_keys or missing:
+        raise ValueError(f"LoRA set does not fit the model: {[*result.unexpected_keys, *missing][:3]} ...")
+    return attached
+
+
+def concatenate(sets: list[LoraSet]) -> LoraSet:
+    """Return one set of the summed rank whose ``B @ A`` is the sum of the scaled updates of all.
+
+    Sets that adapt different modules are padded with zeros.
+    """
+    rank = sum(s.args.r for s in sets)
+    modules = {name.rsplit(".lora_A.weight", 1)[0] for s in sets for name in s.tensors if name.endswith("lora_A.weight")}
+    tensors: dict[str, Tensor] = {}
+    for module in sorted(modules):
+        owner = next(s for s in sets if f"{module}.lora_A.weight" in s.tensors)
+        columns, rows = owner.tensors[f"{module}.lora_A.weight"].shape[1], owner.tensors[f"{module}.lora_B.weight"].shape[0]
+        a_parts, b_parts = [], []
+        for s in sets:
+            a = s.tensors.get(f"{module}.lora_A.weight")
+            a_parts.append(torch.zeros(s.args.r, columns) if a is None else a.float())
+            b_parts.append(
+                torch.zeros(rows, s.args.r) if a is None else s.tensors[f"{module}.lora_B.weight"].float() * s.scaling
+            )
+        tensors[f"{module}.lora_A.weight"] = torch.cat(a_parts)
+        tensors[f"{module}.lora_B.weight"] = torch.cat(b_parts, dim=1)
+    targets = sorted({m.removeprefix("base_model.model.") for m in modules})
+    return LoraSet(LoraArgs(r=rank, alpha=float(rank), target_modules=targets), tensors)
+
+
+@dataclass
+class StageCheckpoint:
+    """A checkpoint of an earlier stage.
+
+    Args:
+        path: Its file.
+        spec: Where the stage's own weights started.
+        layout: The stage's layout.
+        state: The trained tensors by their names in the LightningModule.
+    """
+
+    path: Path
+    spec: BackboneSpec
+    layout: Layout
+    state: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, path: str | Path) -> "StageCheckpoint":
+        """Read a checkpoint file; see :func:`read_checkpoint` for the errors."""
+        content = read_checkpoint(path)
+        record = content[RECORD_KEY]
+        plain = dict(record["spec"])
+        lora = plain.pop("lora")
+        saved = record["layout"]
+        layout = Layout(
+            roles={name: Role(*role) for name, role in saved["roles"].items()},
+            trunks={name: Trunk(*trunk) for name, trunk in saved["trunks"].items()},
+            trained_heads=frozenset(saved["trained_heads"]),
+            loaded_adapters=frozenset(saved["loaded_adapters"]),
+        )
+        spec = BackboneSpec(lora=LoraArgs(**lora) if lora else None, **plain)
+        return cls(Path(path), spec, layout, content["state_dict"])
+
+    def _role(self, role: str) -> Role:
+        if role not in self.layout.roles:
+            raise ValueError(f"checkpoint {self.path} holds the roles {sorted(self.layout.roles)}, not {role!r}")
+        return self.layout.roles[role]
+
+    def lora_set(self, role: str) -> LoraSet | None:
+        """Return the LoRA set that a role reads, None for LoRA off.
+
+        Raises:
+            ValueError: The checkpoint has no such role.
+        """
+        where = self._role(role)
+        if where.adapter is None or self.spec.lora is None:
+            return None
+        prefix, middle = f"backbone.trunks.{where.trunk}.", f".{where.adapter}.weight"
+        tensors = {
+            key.removeprefix(prefix).replace(middle, ".weight"): value
+            for key, value in self.state.items()
+            if key.startswith(prefix) and key.endswith(middle)
+        }
+        return LoraSet(self.spec.lora, tensors)
+
+    def role_model(self, role: str, dtype: DType | None = None) -> RoleModel:
+        """Return the language model that a role reads, found through the chain of stages.
+
+        Args:
+            role: Role name, such as ``actor`` or ``reward``.
+            dtype: Dtype of the weights; None means the stage's own.
+        """
+        where = self._role(role)
+        trunk = self.layout.trunks[where.trunk]
+        dtype = dtype or self.spec.dtype
+        parent = starting_model(replace(self.spec, dtype=dtype), trunk.artefact)
+        if trunk.trained:
+            model, prefix = parent.merged(), f"backbone.trunks.{where.trunk}."
+            tensors = {k.removeprefix(prefix): v for k, v in self.state.items() if k.startswith(prefix)}
+            unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
+            if unexpected:
+                raise ValueError(f"checkpoint {self.path} does not fit {self.spec.model}: {unexpected[:3]} ...")
+            return RoleModel(model, [])
+        lora_set = self.lora_set(role)
+        return parent if lora_set is None else RoleModel(parent.base, [*parent.sets, lora_set])
+
+    def head_state(self, head: HeadName) -> dict[str, Tensor] | None:
+        """Return the tensors of a scalar head, looked for along the chain of stages; None if nobody trained one."""
+        prefix = f"backbone.heads.{head}."
+        own = {k.removeprefix(prefix): v for k, v in self.state.items() if k.startswith(prefix)}
+        if own:
+            return own
+        parent = self.spec.checkpoint_of("reward")
+        return None if parent is None else StageCheckpoint.read(parent).head_state(head)
+
+
+def starting_model(spec: BackboneSpec, artefact: ArtefactName) -> RoleModel:
+    """Return the model that a trunk of this artefact starts from.
+
+    Raises:
+        ValueError: The checkpoint was trained from another base model than ``spec.model``.
+    """
+    path = spec.checkpoint_of(artefact)
+    if path is None:
+        return RoleModel(load_language_model(spec.model, spec.dtype), [])
+    stage = StageCheckpoint.read(path)
+    if stage.spec.model != spec.model:
+        raise ValueError(f"checkpoint {path} was trained from model {stage.spec.model!r}, but model is {spec.model!r}")
+    role = "reward" if artefact == "reward" and "reward" in stage.layout.roles else "actor"
+    return stage.role_model(role, spec.dtype)

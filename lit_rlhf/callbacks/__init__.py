@@ -1,0 +1,7 @@
+"""Callbacks: phases and their timing, progress, sample tables."""
+
+from lit_rlhf.callbacks.phases import PhaseListener, PhaseTimer, TrainingPhase, phase
+from lit_rlhf.callbacks.progress import IterationProgress
+from lit_rlhf.callbacks.samples import SampleTable
+
+__all__ = ["IterationProgress", "PhaseListener", "PhaseTimer", "SampleTable", "TrainingPhase", "phase"]

@@ -1,0 +1,95 @@
+"""Phases of an RL iteration: generation, scoring, training. Callbacks that care listen."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class PhaseListener(Callback):
+    """A callback that is told when a phase begins and ends."""
+
+    def on_phase_start(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
+        """Run when a phase begins."""
+
+    def on_phase_end(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
+        """Run when a phase ends, also on an exception."""
+
+
+@contextmanager
+def phase(pl_module: LightningModule, name: str) -> Iterator[None]:
+    """Mark a phase for every :class:`PhaseListener` of the module's trainer.
+
+    Args:
+        pl_module: The module; without a trainer nobody is told.
+        name: ``generation``, ``scoring``, ``training`` or ``evaluation``.
+    """
+    trainer = pl_module._trainer
+    callbacks = getattr(trainer, "callbacks", []) if trainer is not None else []
+    listeners = [callback for callback in callbacks if isinstance(callback, PhaseListener)]
+    for listener in listeners:
+        listener.on_phase_start(trainer, pl_module, name)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for listener in listeners:
+            listener.on_phase_end(trainer, pl_module, name)  # type: ignore[arg-type]
+
+
+class TrainingPhase(Callback):
+    """Marks everything of an epoch after its rollout as the training phase."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the phase; stands behind the rollout buffer in the list of callbacks."""
+        self._stack.enter_context(phase(pl_module, "training"))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the phase; stands before the listeners that report it."""
+        self._stack.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """End the phase."""
+        self._stack.close()
+
+
+class PhaseTimer(PhaseListener):
+    """Logs ``time/<phase>`` (seconds of each iteration) and ``time/samples_per_second``.
+
+    A phase inside another (evaluation inside training) stops the outer one's clock.
+    """
+
+    def __init__(self) -> None:
+        self._running: list[str] = []
+        self._since = 0.0
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    def _tick(self) -> None:
+        now = time.perf_counter()
+        if self._running:
+            self._seconds[self._running[-1]] += now - self._since
+        self._since = now
+
+    def on_phase_start(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
+        """Start the phase's clock."""
+        self._tick()
+        self._running.append(phase)
+
+    def on_phase_end(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
+        """Stop the phase's clock."""
+        self._tick()
+        self._running.remove(phase)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the iteration's seconds; evaluation does not count against the samples per second."""
+        for name, seconds in self._seconds.items():
+            pl_module.log(f"time/{name}", seconds)
+        total = sum(seconds for name, seconds in self._seconds.items() if name != "evaluation")
+        samples = pl_module.rollout_buffer.rollout_size * trainer.world_size  # type: ignore[union-attr, operator]
+        if total > 0:
+            pl_module.log("time/samples_per_second", samples / total)
+        self._seconds.clear()

@@ -1,0 +1,1 @@
+"""The commands of ``lit-rlhf``, one module each; imported when called."""

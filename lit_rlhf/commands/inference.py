@@ -1,0 +1,78 @@
+"""Loading a checkpoint, an exported folder or a model for inference, and completing prompts with it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_rlhf.backbone import StageCheckpoint, load_language_model, load_tokenizer
+from lit_rlhf.data import Prompt, collate_prompts, tokenize_prompts
+from lit_rlhf.rollout import Sampling, generate
+
+
+def load_source(source: str, role: str = "actor") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model for inference.
+
+    Args:
+        source: A ``.ckpt`` file, a folder written by ``lit-rlhf export``, or a model name.
+        role: The role to read from a checkpoint.
+
+    Returns:
+        The language model (LoRA layers inside, not merged, where there are any) and its tokenizer.
+
+    Raises:
+        FileNotFoundError: There is nothing of that name.
+        ValueError: The checkpoint has no such role, or an adapter folder does not name its base model.
+    """
+    if source.endswith(".ckpt"):
+        stage = StageCheckpoint.read(source)
+        tokenizer = load_tokenizer(stage.spec.tokenizer or stage.spec.model)
+        found = stage.role_model(role)
+        return (found.as_peft().eval().get_base_model() if found.sets else found.base), tokenizer  # type: ignore[return-value]
+    if (Path(source) / "adapter_config.json").is_file():
+        base = PeftConfig.from_pretrained(source).base_model_name_or_path
+        if not base:
+            raise ValueError(f"{source}/adapter_config.json names no base model")
+        wrapped = PeftModel.from_pretrained(load_language_model(base), source).eval()
+        return wrapped.get_base_model(), load_tokenizer(source if has_tokenizer(source) else base)  # type: ignore[return-value]
+    if Path(source).is_dir():
+        source = str(Path(source).resolve())
+    return load_language_model(source), load_tokenizer(source)
+
+
+def has_tokenizer(folder: str) -> bool:
+    """Say whether a folder holds a tokenizer of its own."""
+    return (Path(folder) / "tokenizer_config.json").is_file()
+
+
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Any],
+    sampling: Sampling,
+    greedy: bool = False,
+    batch_size: int = 16,
+) -> list[str]:
+    """Return one response text a prompt, in order.
+
+    Args:
+        model: The language model.
+        tokenizer: Its tokenizer.
+        prompts: Texts, or lists of chat messages (rendered by the tokenizer's chat template).
+        sampling: How to sample.
+        greedy: Take the most probable token instead.
+        batch_size: Prompts decoded at once.
+    """
+    records = [Prompt(prompt, {}, f"prompt {index + 1}") for index, prompt in enumerate(prompts)]
+    examples = tokenize_prompts(records, tokenizer)
+    batch = collate_prompts(examples, int(tokenizer.pad_token_id))  # type: ignore[arg-type]
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    listed = configured if isinstance(configured, list) else [configured]
+    eos_ids = sorted({int(i) for i in [tokenizer.eos_token_id, *listed] if i is not None})
+    pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    done = generate(
+        model, batch["tokens"], batch["attention_mask"], sampling, pad_id, eos_ids, greedy=greedy, batch_size=batch_size
+    )
+    return done.decode(tokenizer)

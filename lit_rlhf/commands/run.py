@@ -1,0 +1,19 @@
+"""Parsing and errors of the light commands."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def run(function: Callable[..., Any], argv: list[str], name: str) -> None:
+    """Call a command with parsed arguments; an error of the user's making is one line, not a traceback."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog=f"lit-rlhf {name}", description=(function.__doc__ or "").split("\n")[0])
+    parser.add_function_arguments(function, as_positional=True)
+    arguments = parser.parse_args(argv)
+    try:
+        function(**arguments.as_dict())
+    except (FileNotFoundError, FileExistsError, ValueError, ImportError) as error:
+        print(f"lit-rlhf {name}: {error}", file=sys.stderr)
+        raise SystemExit(1) from error

@@ -1,0 +1,116 @@
+"""Token rewards, advantages and returns. No loop over tokens."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from lit_rlhf.functional._common import (
+    accumulation_dtype,
+    check_mask,
+    check_rank,
+    check_rows,
+    check_shapes,
+    check_unit_interval,
+    result_dtype,
+    zero_masked,
+)
+
+
+def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """Spread score and KL penalty over tokens: ``R_t = -kl_coef * kl_t + [t is last] * score``.
+
+    Source: Ziegler et al. 2019, arXiv:1909.08593, Eq. 2, token by token.
+
+    Args:
+        scores: [B] float, one score per response, clipped already if it should be.
+        kl: [B, T] float, per-token KL estimate.
+        mask: [B, T] bool.
+        kl_coef: KL coefficient (beta).
+
+    Returns:
+        [B, T] float32 (float64 if an input is), exactly 0 where ``mask`` is False; a row without any True
+        gets nothing, whatever its score.
+
+    Raises:
+        ValueError: The shapes do not fit together.
+        TypeError: ``mask`` is not bool.
+    """
+    check_mask(mask)
+    check_shapes(kl=kl, mask=mask)
+    check_rank(1, scores=scores)
+    check_rank(2, kl=kl)
+    check_rows(kl=kl, scores=scores)
+    still_to_come = mask.long().flip(-1).cumsum(-1).flip(-1)
+    is_last = mask & (still_to_come == 1)
+    dtype = result_dtype(scores, kl)
+    return zero_masked(scores.unsqueeze(1), is_last, dtype) - kl_coef * zero_masked(kl, mask, dtype)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation: ``A_t = sum_l (gamma * lam)^l * delta_{t+l}``.
+
+    ``delta_t = R_t + gamma * V_{t+1} - V_t`` where the value after a row's last real token is 0.
+    Source: Schulman et al. 2016, arXiv:1506.02438, Eq. 16. Returns are advantages + values, before
+    any whitening.
+
+    Args:
+        rewards: [B, T] float.
+        values: [B, T] float, detached values.
+        mask: [B, T] bool, one unbroken run of True per row (or none).
+        gamma: Discount in [0, 1].
+        lam: GAE's lambda in [0, 1].
+
+    Returns:
+        Advantages and returns, [B, T] each, float32 (float64 if an input is), exactly 0 where
+        ``mask`` is False.
+
+    Raises:
+        ValueError: The shapes differ or are not two-dimensional, or ``gamma`` or ``lam`` is outside [0, 1].
+        TypeError: ``mask`` is not bool.
+    """
+    check_mask(mask)
+    check_shapes(rewards=rewards, values=values, mask=mask)
+    check_rank(2, rewards=rewards)
+    check_unit_interval(gamma=gamma, lam=lam)
+    dtype = accumulation_dtype(values)
+    kept = zero_masked(values, mask, dtype)
+    following = F.pad(kept[:, 1:], (0, 1)) if kept.shape[1] else kept
+    delta = zero_masked(zero_masked(rewards, mask, dtype) + gamma * following - kept, mask)
+    advantages = zero_masked(_discounted_sum_to_go(delta, gamma * lam), mask)
+    result = result_dtype(rewards, values)
+    return advantages.to(result), (advantages + kept).to(result)
+
+
+def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Discounted sum of the rewards from each token to the end: ``G_t = sum_l gamma^l * R_{t+l}``.
+
+    Args:
+        rewards: [B, T] float.
+        mask: [B, T] bool.
+        gamma: Discount in [0, 1].
+
+    Returns:
+        [B, T] float32 (float64 for float64 input), exactly 0 where ``mask`` is False.
+
+    Raises:
+        ValueError: The shapes differ or are not two-dimensional, or ``gamma`` is outside [0, 1].
+        TypeError: ``mask`` is not bool.
+    """
+    check_mask(mask)
+    check_shapes(rewards=rewards, mask=mask)
+    check_rank(2, rewards=rewards)
+    check_unit_interval(gamma=gamma)
+    kept = zero_masked(rewards, mask, accumulation_dtype(rewards))
+    return zero_masked(_discounted_sum_to_go(kept, gamma), mask, result_dtype(rewards))
+
+
+def _discounted_sum_to_go(x: Tensor, factor: float) -> Tensor:
+    """``y_t = sum_l factor^l * x_{t+l}`` over the last dimension of [B, T], by doubling.
+
+    After k rounds an entry holds the sum over the next 2^k columns, so log2(T) rounds are enough. No matrix
+    product, hence no TF32 rounding and no [T, T] memory.
+    """
+    step = 1
+    while step < x.shape[1]:
+        x = x + factor**step * F.pad(x[:, step:], (0, step))
+        step *= 2
+    return x

@@ -1,0 +1,204 @@
+"""Losses over real tokens.
+
+Every loss takes ``count``: the number of tokens (or pairs) of the whole batch, over all microbatches and
+ranks. The loss and its statistics then are sums divided by ``count``, and the microbatches' results add up to
+the whole. Without it they are plain means over the tokens given.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lit_rlhf.functional._common import check_mask, check_rank, check_shapes, result_dtype, zero_masked
+from lit_rlhf.functional.kl import kl_estimate
+from lit_rlhf.functional.masking import masked_mean, masked_var
+
+
+def clipped_policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip: float = 0.2,
+    *,
+    count: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped objective as a loss: ``mean(max(-A * ratio, -A * clip(ratio, 1 - eps, 1 + eps)))``.
+
+    Source: Schulman et al. 2017, arXiv:1707.06347, Eq. 7.
+
+    Args:
+        log_probs: [B, T] float, current policy; the gradient flows here.
+        old_log_probs: [B, T] float, the policy that sampled; no gradient.
+        advantages: [B, T] float; no gradient.
+        mask: [B, T] bool.
+        clip: Half-width eps of the trust interval, above 0.
+        count: Divisor instead of the number of True entries.
+
+    Returns:
+        The 0-dim loss, and detached 0-dim statistics: ``ratio_mean``; ``clip_fraction``, the share of tokens
+        whose clipped term is the larger one; ``approx_kl``, the k3 estimate of KL(old || current).
+
+    Raises:
+        ValueError: The shapes differ, or ``clip`` or a number ``count`` is not positive.
+        TypeError: ``mask`` is not bool.
+    """
+    check_mask(mask)
+    check_shapes(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, mask=mask)
+    _check_clip(clip)
+    old, advantage = zero_masked(old_log_probs.detach(), mask), zero_masked(advantages.detach(), mask)
+    ratio = torch.exp(zero_masked(log_probs, mask) - old)
+    unclipped = -advantage * ratio
+    clipped = -advantage * ratio.clamp(1.0 - clip, 1.0 + clip)
+    loss = masked_mean(torch.maximum(unclipped, clipped), mask, count=count)
+    with torch.no_grad():
+        stats = {
+            "ratio_mean": masked_mean(ratio, mask, count=count),
+            "clip_fraction": masked_mean(clipped > unclipped, mask, count=count),
+            "approx_kl": masked_mean(kl_estimate(old, log_probs, mask, "k3"), mask, count=count),
+        }
+    return loss, stats
+
+
+def clipped_value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip: float | None = 0.2,
+    *,
+    count: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Value loss ``0.5 * mean(max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2))``.
+
+    Source: openai/baselines ppo2; the PPO paper's Eq. 9 has the plain squared error (``clip=None``).
+
+    Args:
+        values: [B, T] float, current critic; the gradient flows here.
+        old_values: [B, T] float, values at rollout time; no gradient.
+        returns: [B, T] float; no gradient.
+        mask: [B, T] bool.
+        clip: Half-width eps around the old values, above 0; None does not clip.
+        count: Divisor instead of the number of True entries.
+
+    Returns:
+        The 0-dim loss, and detached 0-dim statistics: ``value_clip_fraction``, the share of tokens whose
+        clipped term is the larger one.
+
+    Raises:
+        ValueError: The shapes differ, or ``clip`` or a number ``count`` is not positive.
+        TypeError: ``mask`` is not bool.
+    """
+    check_mask(mask)
+    check_shapes(values=values, old_values=old_values, returns=returns, mask=mask)
+    value, target = zero_masked(values, mask), zero_masked(returns.detach(), mask)
+    plain = limited = (value - target).square()
+    if clip is not None:
+        _check_clip(clip)
+        old = zero_masked(old_values.detach(), mask)
+        limited = (value.clamp(old - clip, old + clip) - target).square()
+    loss = 0.5 * masked_mean(torch.maximum(plain, limited), mask, count=count)
+    return loss, {"value_clip_fraction": masked_mean((limited > plain).detach(), mask, count=count)}
+
+
+def cross_entropy(log_probs: Tensor, mask: Tensor, *, count: Tensor | float | None = None) -> Tensor:
+    """Negative mean log-probability of the tokens that count.
+
+    Args:
+        log_probs: [B, T] float.
+        mask: [B, T] bool.
+        count: Divisor instead of the number of True entries.
+
+    Returns:
+        0-dim loss.
+
+    Raises:
+        ValueError: The shapes differ, or a number ``count`` is not positive.
+        TypeError: ``mask`` is not bool.
+    """
+    check_mask(mask)
+    check_shapes(log_probs=log_probs, mask=mask)
+    return -masked_mean(log_probs, mask, count=count)
+
+
+def preference_loss(
+    chosen_scores: Tensor,
+    rejected_scores: Tensor,
+    margin: Tensor | None = None,
+    *,
+    count: Tensor | float | None = None,
+) -> Tensor:
+    """Pairwise ranking loss ``mean(-log sigmoid(chosen - rejected - margin))``.
+
+    Source: Ouyang et al. 2022, arXiv:2203.02155, Eq. 1; margin: Touvron et al. 2023, arXiv:2307.09288, Eq. 2.
+
+    Args:
+        chosen_scores: [n] float.
+        rejected_scores: [n] float.
+        margin: [n] float, how much better the chosen response should score; None is 0.
+        count: Divisor instead of n.
+
+    Returns:
+        0-dim loss, 0 for n = 0.
+
+    Raises:
+        ValueError: The shapes differ or are not one-dimensional, or a number ``count`` is not positive.
+    """
+    check_rank(1, chosen_scores=chosen_scores)
+    check_shapes(chosen_scores=chosen_scores, rejected_scores=rejected_scores)
+    dtype = result_dtype(chosen_scores, rejected_scores)
+    difference = chosen_scores.to(dtype) - rejected_scores.to(dtype)
+    if margin is not None:
+        check_shapes(chosen_scores=chosen_scores, margin=margin)
+        difference = difference - margin
+    every = torch.ones_like(difference, dtype=torch.bool)
+    return masked_mean(-F.logsigmoid(difference), every, count=count)
+
+
+def entropy_bonus(entropy: Tensor, mask: Tensor, *, count: Tensor | float | None = None) -> Tensor:
+    """Mean entropy of the tokens that count; subtract ``coefficient * entropy_bonus`` from a loss.
+
+    Args:
+        entropy: [B, T] float.
+        mask: [B, T] bool.
+        count: Divisor instead of the number of True entries.
+
+    Returns:
+        0-dim mean entropy (not negated).
+
+    Raises:
+        ValueError: The shapes differ, or a number ``count`` is not positive.
+        TypeError: ``mask`` is not bool.
+    """
+    check_mask(mask)
+    check_shapes(entropy=entropy, mask=mask)
+    return masked_mean(entropy, mask, count=count)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """Share of the returns' variance that the values explain: ``1 - var(R - V) / var(R)``.
+
+    Args:
+        values: [B, T] float.
+        returns: [B, T] float.
+        mask: [B, T] bool.
+
+    Returns:
+        Detached 0-dim tensor: 1 for perfect values, 0 for constant ones; 0 also where the returns do
+        not vary.
+
+    Raises:
+        ValueError: The shapes differ.
+        TypeError: ``mask`` is not bool.
+    """
+    check_mask(mask)
+    check_shapes(values=values, returns=returns, mask=mask)
+    values, returns = zero_masked(values.detach(), mask), zero_masked(returns.detach(), mask)
+    total, residual = masked_var(returns, mask), masked_var(returns - values, mask)
+    varies = total > 0
+    return torch.where(varies, 1 - residual / torch.where(varies, total, 1), 0)
+
+
+def _check_clip(clip: float) -> None:
+    if clip <= 0:
+        raise ValueError(f"clip must be positive, got {clip}")

@@ -1,0 +1,257 @@
+"""Masks, and means, variances and lookups that respect them.
+
+One convention: ``mask`` is bool and True means "this position counts". No function here waits for the device.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lit_rlhf.functional._common import (
+    accumulation_dtype,
+    check_mask,
+    check_rank,
+    check_shapes,
+    result_dtype,
+    zero_masked,
+)
+
+
+def response_mask(response_tokens: Tensor, eos_ids: Tensor | Sequence[int]) -> Tensor:
+    """Mark each response's tokens up to and including its first end-of-sequence token.
+
+    Args:
+        response_tokens: [B, T] long, generated tokens, right-padded after the end.
+        eos_ids: Token ids that end a response; empty means that every token counts. A tensor on the same
+            device saves a copy to it.
+
+    Returns:
+        [B, T] bool, True for real response tokens.
+
+    Raises:
+        ValueError: ``response_tokens`` is not two-dimensional.
+    """
+    check_rank(2, response_tokens=response_tokens)
+    eos = torch.as_tensor(eos_ids, dtype=response_tokens.dtype, device=response_tokens.device).reshape(-1)
+    is_eos = (response_tokens.unsqueeze(-1) == eos).any(-1).long()
+    return is_eos.cumsum(-1) - is_eos == 0
+
+
+def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Sum the entries of ``x`` that count.
+
+    Args:
+        x: Any shape; whatever stands where ``mask`` is False (nan included) changes nothing.
+        mask: Same shape, bool.
+        dim: Dimension to sum over; None sums everything.
+
+    Returns:
+        The sum in float32 (float64 for float64 input); 0 where nothing counts.
+
+    Raises:
+        ValueError: The shapes differ.
+        TypeError: ``mask`` is not bool.
+    """
+    check_mask(mask)
+    check_shapes(x=x, mask=mask)
+    kept = zero_masked(x, mask)
+    return kept.sum() if dim is None else kept.sum(dim)
+
+
+def masked_mean(
+    x: Tensor, mask: Tensor, dim: int | None = None, *, count: Tensor | float | None = None
+) -> Tensor:
+    """Average the entries of ``x`` that count, or divide their sum by a given ``count``.
+
+    With ``count`` = the number of tokens of the whole batch, the results of its microbatches add up to the
+    whole batch's mean.
+
+    Args:
+        x: Any shape; whatever stands where ``mask`` is False (nan included) changes nothing.
+        mask: Same shape, bool.
+        dim: Dimension to average over; None averages everything.
+        count: Divisor to use instead of the number of True entries.
+
+    Returns:
+        The mean in float32 (float64 for float64 input); 0 where nothing counts.
+
+    Raises:
+        ValueError: The shapes differ, or ``count`` is a number that is not positive.
+        TypeError: ``mask`` is not bool.
+    """
+    total = masked_sum(x, mask, dim)
+    if count is None:
+        return total / (mask.sum() if dim is None else mask.sum(dim)).clamp_min(1)
+    if isinstance(count, Tensor):
+        count = count.to(total.device)
+        return total / torch.where(count > 0, count, torch.ones_like(count))
+    if count <= 0:
+        raise ValueError(f"count must be positive, got {count}")
+    return total / count
+
+
+def masked_var(x: Tensor, mask: Tensor, unbiased: bool = True, dim: int | None = None) -> Tensor:
+    """Variance of the entries of ``x`` that count, in two passes.
+
+    Args:
+        x: Any shape; whatever stands where ``mask`` is False (nan included) changes nothing.
+        mask: Same shape, bool.
+        unbiased: Divide by n - 1 instead of n.
+        dim: Dimension to reduce; None reduces everything.
+
+    Returns:
+        The variance in float32 (float64 for float64 input); 0 where fewer than two entries count.
+
+    Raises:
+        ValueError: The shapes differ.
+        TypeError: ``mask`` is not bool.
+    """
+    mean = masked_mean(x, mask, dim)
+    mean = mean if dim is None else mean.unsqueeze(dim)
+    squares = zero_masked(zero_masked(x, mask) - mean, mask).square()
+    total, count = (squares.sum(), mask.sum()) if dim is None else (squares.sum(dim), mask.sum(dim))
+    return total / (count - int(unbiased)).clamp_min(1)
+
+
+def moments(x: Tensor, mask: Tensor) -> Tensor:
+    """Count, sum and sum of squares of the entries that count: add them over ranks, then finish.
+
+    ``finish_moments(all_reduce_sum(moments(x, mask)))`` gives the mean and variance over all ranks.
+
+    Args:
+        x: Any shape; whatever stands where ``mask`` is False (nan included) changes nothing.
+        mask: Same shape, bool.
+
+    Returns:
+        [3] float64 (count, sum, sum of squares); float32 on devices without float64.
+
+    Raises:
+        ValueError: The shapes differ.
+        TypeError: ``mask`` is not bool.
+    """
+    check_mask(mask)
+    check_shapes(x=x, mask=mask)
+    kept = zero_masked(x, mask, accumulation_dtype(x))
+    return torch.stack([mask.sum().to(kept.dtype), kept.sum(), kept.square().sum()])
+
+
+def finish_moments(total: Tensor, unbiased: bool = True) -> tuple[Tensor, Tensor]:
+    """Turn summed ``moments`` into mean and variance.
+
+    Args:
+        total: [3], a ``moments`` result or a sum of several.
+        unbiased: Divide by n - 1 instead of n.
+
+    Returns:
+        Mean and variance, 0-dim, in the dtype of ``total``; the mean of nothing is 0, and so is the
+        variance of fewer than two entries.
+
+    Raises:
+        ValueError: ``total`` does not have shape (3,).
+    """
+    if total.shape != (3,):
+        raise ValueError(f"total must have shape (3,), got {tuple(total.shape)}")
+    count, first, second = total.unbind()
+    mean = first / count.clamp_min(1)
+    spread = (second - first * mean).clamp_min(0)
+    return mean, spread / (count - int(unbiased)).clamp_min(1)
+
+
+def whiten(
+    x: Tensor,
+    mask: Tensor,
+    *,
+    mean: Tensor | float | None = None,
+    var: Tensor | float | None = None,
+    shift_mean: bool = True,
+    eps: float = 1e-8,
+) -> Tensor:
+    """Scale the entries that count to variance 1, and by default shift them to mean 0.
+
+    Args:
+        x: Any shape; whatever stands where ``mask`` is False (nan included) changes nothing.
+        mask: Same shape, bool.
+        mean: Mean to use, for example over all ranks (``finish_moments``); None takes that of ``x``.
+        var: Variance to use; None takes the unbiased one of ``x``.
+        shift_mean: True gives mean 0; False keeps the mean and rescales around it.
+        eps: Added to the variance.
+
+    Returns:
+        Shape of ``x``, float32 (float64 for float64 input), exactly 0 where ``mask`` is False.
+
+    Raises:
+        ValueError: The shapes differ.
+        TypeError: ``mask`` is not bool.
+    """
+    check_mask(mask)
+    check_shapes(x=x, mask=mask)
+    dtype = accumulation_dtype(x)
+    own_mean, own_var = finish_moments(moments(x, mask))
+    mean = own_mean if mean is None else mean
+    var = own_var if var is None else var
+    scaled = (zero_masked(x, mask, dtype) - mean) * (var + eps) ** -0.5
+    return zero_masked(scaled if shift_mean else scaled + mean, mask, result_dtype(x))
+
+
+def last_token_index(mask: Tensor) -> Tensor:
+    """Column of the last True in each row, wherever the padding is.
+
+    Args:
+        mask: [B, T] bool with T >= 1.
+
+    Returns:
+        [B] long. A row without any True gives 0, so the result always is a valid column; ask ``mask.any(-1)``
+        which rows those are.
+
+    Raises:
+        ValueError: ``mask`` is not two-dimensional or has no columns.
+        TypeError: ``mask`` is not bool.
+    """
+    check_mask(mask)
+    check_rank(2, mask=mask)
+    if mask.shape[1] == 0:
+        raise ValueError(f"mask must have at least one column, got shape {tuple(mask.shape)}")
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(mask, columns, 0).amax(-1)
+
+
+def gather_last(x: Tensor, mask: Tensor) -> Tensor:
+    """Pick each row's entry at the last True of ``mask``.
+
+    Args:
+        x: [B, S, ...].
+        mask: [B, S] bool with S >= 1.
+
+    Returns:
+        [B, ...] in the dtype of ``x``; exactly 0 for rows without any True.
+
+    Raises:
+        ValueError: The first two dimensions differ, or ``mask`` is not two-dimensional or has no columns.
+        TypeError: ``mask`` is not bool.
+    """
+    last = last_token_index(mask)
+    if x.shape[:2] != mask.shape:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}, but x has shape {tuple(x.shape)}: its first two dimensions "
+            "must be the mask's"
+        )
+    picked = x[torch.arange(x.shape[0], device=x.device), last]
+    found = mask.any(-1).reshape(-1, *[1] * (picked.dim() - 1))
+    return torch.where(found, picked, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions that start at 0 on each row's first real token, for left or right padding.
+
+    Args:
+        attention_mask: [B, S], bool or the 0/1 integers that tokenizers return.
+
+    Returns:
+        [B, S] long: ``(cumsum - 1)`` with a floor of 0.
+
+    Raises:
+        ValueError: ``attention_mask`` is not two-dimensional.
+    """
+    check_rank(2, attention_mask=attention_mask)
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)

@@ -1,0 +1,6 @@
+"""Metrics that add up over batches and ranks (torchmetrics)."""
+
+from lit_rlhf.metrics.language import TokenPerplexity
+from lit_rlhf.metrics.preference import PairwiseAccuracy, RewardMargin
+
+__all__ = ["PairwiseAccuracy", "RewardMargin", "TokenPerplexity"]

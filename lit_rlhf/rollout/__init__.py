@@ -1,0 +1,22 @@
+"""Rollouts: sampling, rewards, the record of an iteration and its buffer."""
+
+from lit_rlhf.rollout.buffer import RolloutBuffer
+from lit_rlhf.rollout.experience import Experience, concatenate
+from lit_rlhf.rollout.generation import Sampling, generate
+from lit_rlhf.rollout.rewards import FunctionReward, Reward, RoleReward, Scored, WeightedReward
+from lit_rlhf.rollout.scaling import RewardScaler, RewardScaling
+
+__all__ = [
+    "Experience",
+    "FunctionReward",
+    "Reward",
+    "RewardScaler",
+    "RewardScaling",
+    "RoleReward",
+    "RolloutBuffer",
+    "Sampling",
+    "Scored",
+    "WeightedReward",
+    "concatenate",
+    "generate",
+]

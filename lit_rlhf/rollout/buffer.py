@@ -1,0 +1,138 @@
+"""The rollout buffer: one Lightning epoch is one RL iteration."""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DistributedSampler
+
+from lit_rlhf.rollout.experience import Experience
+
+
+def iteration_seed(seed: int, iteration: int, rank: int) -> int:
+    """Return the seed of one iteration on one rank; different arguments give different streams."""
+    return int(np.random.SeedSequence([seed, iteration, rank]).generate_state(1)[0])
+
+
+def reseed(seed: int) -> None:
+    """Seed Python, NumPy and torch (every device)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class RolloutBuffer(Callback):
+    """Fills itself at the start of each epoch with a rollout, and is the loader of that epoch's minibatches.
+
+    It reseeds every iteration from (seed, iteration, rank). That alone makes a resumed run continue with the same
+    numbers: no RNG state is saved.
+
+    Args:
+        rollout_size: Prompts a rank draws for one iteration.
+        minibatch_size: Samples in one minibatch.
+        inner_epochs: Passes over the rollout.
+        seed: Base seed; a resumed run keeps the seed it began with.
+    """
+
+    def __init__(self, rollout_size: int, minibatch_size: int, inner_epochs: int, seed: int) -> None:
+        self.rollout_size = rollout_size
+        self.minibatch_size = minibatch_size
+        self.inner_epochs = inner_epochs
+        self.seed = seed
+        self.experience: Experience | None = None
+        self.samples: list[dict[str, Any]] = []
+        self._sampler: DistributedSampler[Any] | None = None
+        self._order_seed = 0
+
+    def __len__(self) -> int:
+        """Return the number of minibatches of one iteration: constant, known before the first rollout."""
+        return self.inner_epochs * (self.rollout_size // self.minibatch_size)
+
+    def __iter__(self) -> Iterator[Experience]:
+        """Yield shuffled minibatches, lazily: Lightning calls ``iter`` before the rollout hook has run."""
+        if self.experience is None:
+            raise RuntimeError(
+                "the rollout buffer is empty: it was iterated outside a training epoch, or a checkpoint was saved in "
+                "the middle of an iteration"
+            )
+        generator = torch.Generator().manual_seed(self._order_seed)
+        for _ in range(self.inner_epochs):
+            order = torch.randperm(len(self.experience), generator=generator).to(self.experience.tokens.device)
+            for index in order.split(self.minibatch_size):
+                yield self.experience[index]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the trainer's checkpoints and the number of prompts before the first rollout.
+
+        Raises:
+            ValueError: A ModelCheckpoint would save inside an iteration, or there are too few prompts.
+        """
+        if stage != "fit":
+            return
+        self._check_checkpoints(trainer)
+        data: Any = getattr(trainer, "datamodule", None)
+        if data is None or not hasattr(data, "prompt_batch"):
+            raise ValueError(f"{type(pl_module).__name__} needs a PromptData datamodule (or one with prompt_batch)")
+        self._sampler = DistributedSampler(
+            range(data.num_prompts),  # type: ignore[arg-type]
+            num_replicas=trainer.world_size,
+            rank=trainer.global_rank,
+            seed=self.seed,
+            drop_last=True,
+        )
+        if len(self._sampler) < self.rollout_size:
+            needed = self.rollout_size * trainer.world_size
+            raise ValueError(
+                f"rollout_size {self.rollout_size} on {trainer.world_size} rank(s) needs at least {needed} training "
+                f"prompts; the data has {data.num_prompts}"
+            )
+
+    def _check_checkpoints(self, trainer: Trainer) -> None:
+        for callback in trainer.checkpoint_callbacks:
+            if not isinstance(callback, ModelCheckpoint):
+                continue
+            if callback._every_n_train_steps or callback._train_time_interval:
+                raise ValueError(
+                    "ModelCheckpoint saves by train steps or by time, which can fall inside an RL iteration, where a "
+                    "run cannot be resumed exactly. Use every_n_epochs: one epoch is one iteration"
+                )
+            if callback._save_on_train_epoch_end is False:
+                raise ValueError("ModelCheckpoint needs save_on_train_epoch_end: true (or unset) for on-policy training")
+            # Lightning's own guess saves after validation, inside the epoch, when validation is not run every epoch.
+            callback._save_on_train_epoch_end = True
+
+    def prompt_indices(self, iteration: int) -> list[int]:
+        """Return this rank's prompts of an iteration: consecutive stretches of a fresh shuffle per pass."""
+        assert self._sampler is not None
+        per_pass = len(self._sampler) // self.rollout_size
+        self._sampler.set_epoch(iteration // per_pass)
+        start = (iteration % per_pass) * self.rollout_size
+        return list(self._sampler)[start : start + self.rollout_size]
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Collect the iteration's rollout with the current policy."""
+        seed = iteration_seed(self.seed, trainer.current_epoch, trainer.global_rank)
+        reseed(seed)
+        self._order_seed = seed
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        prompts = data.prompt_batch(self.prompt_indices(trainer.current_epoch))
+        prompts = trainer.strategy.batch_to_device(prompts)
+        self.experience, self.samples = pl_module.rollout(prompts)  # type: ignore[operator]
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Free the rollout; nothing may train on it again."""
+        self.experience = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base seed; everything else follows from the iteration."""
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the base seed of the interrupted run."""
+        self.seed = int(state_dict["seed"])
+        if self._sampler is not None:
+            self._sampler.seed = self.seed

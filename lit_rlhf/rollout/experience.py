@@ -1,0 +1,83 @@
+"""The record of one rollout."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class Experience:
+    """Responses to N prompts and what was computed about them. Every tensor's first axis is the sample.
+
+    Prompts are left-padded to P, responses right-padded to T, so that response column t is token column P+t.
+    This padding is fixed once per rollout: scoring and training see the same layout, which ratio 1 needs in bf16.
+
+    Args:
+        tokens: ``[N, P+T]`` long.
+        attention_mask: ``[N, P+T]`` bool, True = token counts.
+        mask: ``[N, T]`` bool, True = real response token, the first EOS included.
+        truncated: ``[N]`` bool, True = the response hit its length limit without an EOS.
+        log_probs: ``[N, T]`` float32, the sampling policy's.
+        ref_log_probs: ``[N, T]`` float32.
+        values: ``[N, T]`` float32, the critic's before the update; None without a critic.
+        scores: ``[N]`` float32, the reward of the whole response, as the reward gave it.
+        advantages: ``[N, T]`` float32.
+        returns: ``[N, T]`` float32, the critic's targets; None without a critic.
+    """
+
+    tokens: Tensor
+    attention_mask: Tensor
+    mask: Tensor
+    truncated: Tensor
+    log_probs: Tensor | None = None
+    ref_log_probs: Tensor | None = None
+    values: Tensor | None = None
+    scores: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def _map(self, function: Any) -> "Experience":
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: function(t) for name, t in tensors.items() if isinstance(t, Tensor)})
+
+    def __getitem__(self, index: slice | Tensor) -> "Experience":
+        """Return the samples of a slice (views) or an index tensor (copies)."""
+        return self._map(lambda tensor: tensor[index])
+
+    def to(self, *args: Any, **kwargs: Any) -> "Experience":
+        """Return the record with every tensor moved; Lightning's batch transfer calls this."""
+        return self._map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def split(self, size: int) -> list["Experience"]:
+        """Return consecutive chunks of at most ``size`` samples, as views."""
+        return [self[start : start + size] for start in range(0, len(self), size)]
+
+    def decode(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """Return the response texts, special tokens removed."""
+        rows = self.tokens[:, -self.mask.shape[1] :].tolist()
+        lengths = self.mask.sum(dim=1).tolist()
+        kept = [row[:length] for row, length in zip(rows, lengths, strict=True)]
+        return tokenizer.batch_decode(kept, skip_special_tokens=True)
+
+    def require(self, name: str) -> Tensor:
+        """Return a field that an earlier step must have filled.
+
+        Raises:
+            ValueError: It is empty.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"experience has no {name} yet: the step that fills it has not run")
+        return value
+
+
+def concatenate(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Join dictionaries of tensors along the sample axis."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -1,0 +1,246 @@
+"""Base of the data modules: reads, splits and tokenises rows once."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader, Dataset
+
+from lit_rlhf.data.errors import BadRows, DataError, OnBadRow
+from lit_rlhf.data.readers import HUB_PREFIX, Row, load_hub
+from lit_rlhf.data.sampler import LengthGroupedSampler
+from lit_rlhf.data.schemas import (
+    Fields,
+    Instruction,
+    Pair,
+    Prompt,
+    load_records,
+)
+from lit_rlhf.data.tokenize import (
+    InstructionTokens,
+    PairTokens,
+    PromptTokens,
+    TokenizeOptions,
+    pad_token_id,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RecordT = TypeVar("RecordT", Pair, Instruction, Prompt)
+ExampleT = TypeVar("ExampleT", PairTokens, InstructionTokens, PromptTokens)
+
+
+class ExampleDataset(Dataset[ExampleT]):
+    """Tokenised examples as a map-style dataset.
+
+    Args:
+        examples: The examples.
+    """
+
+    def __init__(self, examples: Sequence[ExampleT]) -> None:
+        self.examples: Sequence[ExampleT] = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> ExampleT:
+        return self.examples[index]
+
+
+def check(*conditions: tuple[bool, str]) -> None:
+    """Check arguments, given as (condition that must hold, message).
+
+    Raises:
+        ValueError: With the messages of all conditions that do not hold.
+    """
+    problems = [message for holds, message in conditions if not holds]
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+class TextData(LightningDataModule, ABC, Generic[RecordT, ExampleT]):
+    """Base of the data modules: reads, splits and tokenises, once, in `setup`.
+
+    The tokenizer is the LightningModule's `tokenizer`, unless the data module's own attribute `tokenizer` was
+    set before. Rows are shuffled by `split_seed` before they are limited and split.
+
+    Args:
+        train: Source or sources of the rows: paths of .jsonl, .jsonl.gz, .csv or .parquet files or of folders
+            written by `datasets.Dataset.save_to_disk`, or hub:owner/name[:split].
+        validation: Source of the validation rows; None splits them off the rows of `train`.
+        validation_size: Rows to split off if `validation` is None: a count or a fraction below 1; 0 for none.
+        split_seed: Seed of the shuffle.
+        limit: Use this many rows of `train` (before the split), the first of the shuffle; None for all.
+        format: "columns" reads a prompt field and response fields (text or chat messages), "hh" reads
+            chosen and rejected as whole HH-RLHF transcripts, "auto" tells them apart row by row.
+        prompt_column: Field of the prompt.
+        chosen_column: Field of the chosen response.
+        rejected_column: Field of the rejected response.
+        on_bad_row: Stop at the first row that cannot be used, or leave such rows out and report their number.
+        max_prompt_length: Longest prompt in tokens; of a longer one the last tokens are kept.
+        drop_overlong_prompts: Leave rows with a longer prompt out instead.
+        batch_size: Rows per batch and device.
+        num_workers: Processes that build batches; 0 builds them in the training process.
+
+    Raises:
+        ValueError: An argument is out of range; all such arguments are reported together.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str],
+        validation: str | None = None,
+        validation_size: int | float = 0.05,
+        split_seed: int = 0,
+        limit: int | None = None,
+        format: Literal["auto", "columns", "hh"] = "auto",
+        prompt_column: str = "prompt",
+        chosen_column: str = "chosen",
+        rejected_column: str = "rejected",
+        on_bad_row: OnBadRow = "error",
+        max_prompt_length: int = 512,
+        drop_overlong_prompts: bool = False,
+        batch_size: int = 8,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        fraction = isinstance(validation_size, float)
+        check(
+            (bool(train), "train must name at least one source"),
+            (validation_size >= 0, f"validation_size must not be negative, not {validation_size}"),
+            (
+                not fraction or validation_size < 1,
+                f"validation_size {validation_size} is not a fraction below 1",
+            ),
+            (limit is None or limit >= 1, f"limit must be at least 1 or None, not {limit}"),
+            (max_prompt_length >= 1, f"max_prompt_length must be at least 1, not {max_prompt_length}"),
+            (batch_size >= 1, f"batch_size must be at least 1, not {batch_size}"),
+            (num_workers >= 0, f"num_workers must not be negative, not {num_workers}"),
+        )
+        self.sources = [train] if isinstance(train, str) else list(train)
+        self.validation = validation
+        self.validation_size = validation_size
+        self.split_seed = split_seed
+        self.limit = limit
+        self.fields = Fields(format, prompt_column, chosen_column, rejected_column)
+        self.on_bad_row: OnBadRow = on_bad_row
+        self.options = TokenizeOptions(max_prompt_length, drop_overlong_prompts=drop_overlong_prompts)
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.train_dataset: ExampleDataset[ExampleT] | None = None
+        self.val_dataset: ExampleDataset[ExampleT] | None = None
+        self.pad_id = -1  # known from setup on
+
+    @abstractmethod
+    def parse(self, row: Row) -> RecordT:
+        """Turn a row into this module's record, or raise a DataError."""
+
+    @abstractmethod
+    def tokenize(
+        self, records: list[RecordT], tokenizer: PreTrainedTokenizerBase, bad: BadRows
+    ) -> list[ExampleT]:
+        """Tokenise records, reporting bad ones to `bad`."""
+
+    @abstractmethod
+    def collate_fn(self) -> Callable[[Sequence[ExampleT]], dict[str, Any]]:
+        """Function that builds a padded batch, without a reference to this module (workers pickle it)."""
+
+    def prepare_data(self) -> None:
+        """Download hub sources, on one process per node, so that `setup` finds them in the cache.
+
+        Raises:
+            DataError: A hub dataset cannot be loaded.
+        """
+        for source in [*self.sources, self.validation]:
+            if source is not None and source.startswith(HUB_PREFIX):
+                load_hub(source)
+
+    def setup(self, stage: str) -> None:
+        """Read, split and tokenise everything; does nothing the second time.
+
+        Raises:
+            DataError: A source cannot be read, a row is bad (with on_bad_row "error"), or no rows are left.
+            MisconfigurationException: There is no tokenizer.
+        """
+        if self.train_dataset is not None:
+            return
+        tokenizer = self._find_tokenizer()
+        pad_id = pad_token_id(tokenizer)
+        bad = BadRows(self.on_bad_row)
+        records = load_records(self.sources, self.parse, bad)
+        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(self.split_seed))
+        records = [records[index] for index in order[: self.limit].tolist()]
+        if self.validation is not None:
+            held_out = load_records([self.validation], self.parse, bad)
+        else:
+            size = self._held_out_size(len(records))
+            held_out, records = records[:size], records[size:]
+        train, val = (self.tokenize(part, tokenizer, bad) if part else [] for part in (records, held_out))
+        bad.warn()
+        for name, part, before in (("training", train, records), ("validation", val, held_out)):
+            if before and not part:
+                fix = "Raise max_prompt_length or max_response_length, or change what they drop."
+                raise DataError(
+                    f"none of the {len(before)} {name} rows is left", where=str(self.sources), fix=fix
+                )
+        self.pad_id = pad_id
+        self.val_dataset = ExampleDataset(val)
+        self.train_dataset = ExampleDataset(train)
+
+    def _held_out_size(self, rows: int) -> int:
+        size = self.validation_size
+        if isinstance(size, float):
+            size = max(1, round(size * rows)) if size > 0 else 0
+        if size >= rows:
+            raise DataError(
+                f"splitting {size} validation rows off {rows} leaves none to train on",
+                where=", ".join(self.sources),
+                fix="Lower validation_size (0 for no validation), or name a validation source.",
+            )
+        return size
+
+    def _find_tokenizer(self) -> PreTrainedTokenizerBase:
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        tokenizer = self.tokenizer if self.tokenizer is not None else getattr(module, "tokenizer", None)
+        if tokenizer is None:
+            raise MisconfigurationException(
+                f"{type(self).__name__} has no tokenizer: the LightningModule must have an attribute "
+                "`tokenizer` before setup, or set the data module's own `tokenizer`."
+            )
+        return tokenizer
+
+    def _ready(self, dataset: ExampleDataset[ExampleT] | None) -> ExampleDataset[ExampleT]:
+        if dataset is None:
+            raise MisconfigurationException(f"{type(self).__name__} has no data yet: call setup() first.")
+        return dataset
+
+    def _loader(
+        self, dataset: ExampleDataset[ExampleT], batch_size: int, sampler: LengthGroupedSampler | None = None
+    ) -> DataLoader[ExampleT]:
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=self.collate_fn(),
+        )
+
+    def val_dataloader(self) -> DataLoader[ExampleT] | list[Any]:
+        """Validation batches in a fixed order, or an empty list if there is no validation.
+
+        Raises:
+            MisconfigurationException: `setup` has not run.
+        """
+        dataset = self._ready(self.val_dataset)
+        return self._loader(dataset, self._eval_batch_size()) if len(dataset) else []
+
+    def _eval_batch_size(self) -> int:
+        return self.batch_size

@@ -1,0 +1,76 @@
+"""The one error of the data room, and the collector that turns it into a summary when rows are skipped."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Literal
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+OnBadRow = Literal["error", "skip"]
+
+
+class DataError(ValueError):
+    """A data source or one of its rows cannot be used.
+
+    Args:
+        problem: What is wrong, continuing the sentence "<where>: field 'x' ...".
+        where: File and line (or row) at fault.
+        field: Field of the row at fault, when there is one.
+        fix: What the user can do about it.
+        reason: Short kind of the problem, the key under which skipped rows are counted.
+    """
+
+    def __init__(
+        self, problem: str, *, where: str, field: str | None = None, fix: str = "", reason: str = ""
+    ) -> None:
+        subject = f"field {field!r} {problem}" if field is not None else problem
+        super().__init__(f"{where}: {subject}." + (f" {fix}" if fix else ""))
+        self.where = where
+        self.field = field
+        self.reason = reason or subject
+
+
+BadRowHandler = Callable[[DataError], None]
+
+
+def raise_error(error: DataError) -> None:
+    """Handle a bad row by raising its error.
+
+    Raises:
+        DataError: Always.
+    """
+    raise error
+
+
+class BadRows:
+    """Handler of bad rows: raises the first, or counts them by reason for one summary warning.
+
+    Args:
+        policy: "error" raises; "skip" counts.
+    """
+
+    def __init__(self, policy: OnBadRow = "error") -> None:
+        self.policy = policy
+        self.counts: Counter[str] = Counter()
+        self.first: DataError | None = None
+
+    def __call__(self, error: DataError) -> None:
+        """Take note of one bad row.
+
+        Raises:
+            DataError: The policy is "error".
+        """
+        if self.policy == "error":
+            raise error
+        self.counts[error.reason] += 1
+        if self.first is None:
+            self.first = error
+
+    def warn(self) -> None:
+        """Issue one warning with the count per reason and the first example; nothing if no row was bad."""
+        if not self.counts:
+            return
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in self.counts.most_common())
+        rank_zero_warn(f"Skipped {self.counts.total()} bad rows: {reasons}. The first was {self.first}")

@@ -1,0 +1,265 @@
+"""Rows from files, saved `datasets` folders and the hub, each with the place it came from."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lit_rlhf.data.errors import BadRowHandler, DataError, raise_error
+
+HUB_PREFIX = "hub:"
+SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves in a folder
+ACCEPTED = (
+    "a .jsonl, .jsonl.gz, .csv or .parquet file, a folder written by datasets' save_to_disk, "
+    "or hub:owner/name[:split]"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a source: its fields, and where it stands ("pairs.jsonl:17", "pairs.parquet row 17")."""
+
+    data: dict[str, Any]
+    where: str
+
+
+def read_rows(source: str, on_bad: BadRowHandler = raise_error) -> Iterator[Row]:
+    """Read a source row by row. Lines and rows are counted from 1.
+
+    Args:
+        source: Path of a .jsonl, .jsonl.gz, .csv or .parquet file or of a folder written by
+            `datasets.Dataset.save_to_disk`, or "hub:owner/name[:split]" (the only form using the network).
+        on_bad: Called with the error of each unreadable row; when it returns, reading goes on after that row.
+
+    Returns:
+        Iterator over the rows, in file order. Blank lines give no row.
+
+    Raises:
+        DataError: The source does not exist, has an unknown form, or is damaged as a whole.
+    """
+    if source.startswith(HUB_PREFIX):
+        return _number(load_hub(source), source)
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise DataError(
+            f"no such file or folder (looked for {path.absolute()})",
+            where=source,
+            fix=f"A data source is {ACCEPTED}.",
+        )
+    if path.is_dir():
+        return _read_saved_dataset(path)
+    name = path.name.lower()
+    if name.endswith((".jsonl", ".jsonl.gz")):
+        return _read_jsonl(path, on_bad)
+    if name.endswith(".csv"):
+        return _read_csv(path, on_bad)
+    if name.endswith(".parquet"):
+        return _read_parquet(path)
+    raise DataError(
+        f"unknown kind of file {path.suffix!r}", where=source, fix=f"A data source is {ACCEPTED}."
+    )
+
+
+def _read_jsonl(path: Path, on_bad: BadRowHandler) -> Iterator[Row]:
+    with _open_binary(path) as file:
+        for number, line in enumerate(_lines(file, path), start=1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark, which some editors write
+            if not line.strip():
+                continue
+            where = f"{path.name}:{number}"
+            try:
+                data = _parse_object(line, where)
+            except DataError as error:
+                on_bad(error)
+            else:
+                yield Row(data, where)
+
+
+def _open_binary(path: Path) -> BinaryIO:
+    try:
+        # GzipFile reads like a binary file but is not declared as one.
+        return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")  # type: ignore[return-value]
+    except OSError as error:
+        raise DataError(
+            f"cannot be opened ({error})", where=str(path), fix="Check its permissions."
+        ) from error
+
+
+def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """Lines of a possibly compressed file; damage ends them with a DataError naming the line reached."""
+    number = 0
+    try:
+        for number, line in enumerate(file, start=1):  # noqa: B007 (used after the loop breaks off)
+            yield line
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"the file is damaged after line {number} ({error})",
+            where=f"{path.name}:{number + 1}",
+            fix="Fetch or write the file again; `gzip -t` checks an archive.",
+            reason="damaged file",
+        ) from error
+
+
+def _parse_object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        data = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"byte {error.start + 1} of the line is not UTF-8",
+            where=where,
+            fix="Convert the file to UTF-8.",
+            reason="not UTF-8",
+        ) from error
+    except (ValueError, RecursionError) as error:  # ValueError also covers integers of too many digits
+        raise DataError(
+            f"broken JSON ({error})",
+            where=where,
+            fix="Put one JSON object on each line.",
+            reason="broken JSON",
+        ) from error
+    if not isinstance(data, dict):
+        raise DataError(
+            f"expected a JSON object, found {type(data).__name__}",
+            where=where,
+            fix='Put one JSON object on each line, such as {"prompt": "..."}.',
+            reason="not a JSON object",
+        )
+    return data
+
+
+def _read_csv(path: Path, on_bad: BadRowHandler) -> Iterator[Row]:
+    # Undecodable bytes become lone surrogates here and are found per field, so that one bad row
+    # does not stop the reader in the middle of the file.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file, strict=True)  # strict: an open quote is an error, not a long field
+        header: list[str] | None = None
+        while True:
+            where = f"{path.name}:{reader.line_num + 1}"
+            try:
+                cells = next(reader, None)
+                if cells is None:
+                    return
+                if not cells:  # blank line
+                    continue
+                if header is None:
+                    header = _check_header(cells, where)
+                    continue
+                row = Row(_csv_fields(header, cells, where), where)
+            except (csv.Error, DataError) as error:
+                problem = error if isinstance(error, DataError) else _broken_csv(error, where)
+                if header is None:
+                    raise problem from error  # without a header no row can be read
+                on_bad(problem)
+            else:
+                yield row
+
+
+def _broken_csv(error: csv.Error, where: str) -> DataError:
+    return DataError(f"broken CSV ({error})", where=where, fix="Check the quotes.", reason="broken CSV")
+
+
+def _check_header(header: list[str], where: str) -> list[str]:
+    if len(set(header)) < len(header) or not all(_is_utf8(name) and name.strip() for name in header):
+        raise DataError(
+            f"the header {header} must name each column once, in UTF-8",
+            where=where,
+            fix="Correct the first line.",
+        )
+    return header
+
+
+def _csv_fields(header: list[str], cells: list[str], where: str) -> dict[str, Any]:
+    if len(cells) != len(header):
+        raise DataError(
+            f"{len(cells)} fields where the header names {len(header)}",
+            where=where,
+            fix="Quote fields that hold commas or line breaks.",
+            reason="wrong number of fields",
+        )
+    for name, cell in zip(header, cells, strict=True):
+        if not _is_utf8(cell):
+            raise DataError(
+                "is not UTF-8", where=where, field=name, fix="Convert the file to UTF-8.", reason="not UTF-8"
+            )
+    return dict(zip(header, cells, strict=True))
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    row = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for data in batch.to_pylist():
+                    row += 1
+                    yield Row(data, f"{path.name} row {row}")
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"the file is damaged or not parquet ({error})",
+            where=f"{path.name} row {row + 1}",
+            fix="Fetch or write the file again.",
+        ) from error
+
+
+def _read_saved_dataset(path: Path) -> Iterator[Row]:
+    if not any((path / name).exists() for name in SAVED_DATASET_FILES):
+        raise DataError(
+            "the folder was not written by datasets' save_to_disk",
+            where=str(path),
+            fix=f"A data source is {ACCEPTED}.",
+        )
+    import datasets
+
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except Exception as error:  # many kinds, none of which names the folder
+        raise DataError(
+            f"cannot be loaded ({error})", where=str(path), fix="Write the folder again."
+        ) from error
+    if isinstance(dataset, datasets.DatasetDict):
+        splits = ", ".join(str(path / name) for name in dataset)
+        raise DataError("the folder holds several splits", where=str(path), fix=f"Name one of {splits}.")
+    return _number(dataset, path.name)
+
+
+def load_hub(source: str) -> Iterable[dict[str, Any]]:
+    """Load "hub:owner/name[:split]" (split "train" unless named) through `datasets`, downloading if needed.
+
+    Raises:
+        DataError: The name has another form, or the dataset cannot be loaded.
+    """
+    name, _, split = source.removeprefix(HUB_PREFIX).partition(":")
+    if name.count("/") != 1 or not all(name.split("/")):
+        raise DataError(
+            "not a hub dataset name", where=source, fix="Write hub:owner/name or hub:owner/name:split."
+        )
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # network, hub and builder errors share no base class
+        raise DataError(
+            f"cannot be loaded from the hub ({error})", where=source, fix="Check name, split and network."
+        ) from error
+
+
+def _number(rows: Iterable[dict[str, Any]], name: str) -> Iterator[Row]:
+    for number, data in enumerate(rows, start=1):
+        yield Row(dict(data), f"{name} row {number}")

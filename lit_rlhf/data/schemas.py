@@ -1,0 +1,348 @@
+"""Rows to typed records: preference pairs, prompts and instructions, from columns or HH-RLHF transcripts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from lit_rlhf.data.errors import BadRowHandler, DataError, raise_error
+from lit_rlhf.data.readers import Row, read_rows
+
+Format = Literal["auto", "columns", "hh"]
+Messages = list[dict[str, Any]]  # chat messages, each with "role" and "content"
+Text = str | Messages
+HH_HUMAN = "\n\nHuman:"
+HH_ASSISTANT = "\n\nAssistant:"
+RecordT = TypeVar("RecordT")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference: two responses to one prompt. The three are all strings or all chat messages."""
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    where: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to respond to, with the row's other fields as `columns` for reward functions."""
+
+    prompt: Text
+    columns: dict[str, Any]
+    where: str
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A prompt with its response. Both are strings or both are chat messages."""
+
+    prompt: Text
+    response: Text
+    where: str
+
+
+@dataclass(frozen=True)
+class Fields:
+    """How rows are laid out: the format, and the name of each field."""
+
+    format: Format = "auto"
+    prompt: str = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    response: str = "response"
+
+
+DEFAULT_FIELDS = Fields()
+
+
+def load_records(
+    sources: Sequence[str], parse: Callable[[Row], RecordT], on_bad: BadRowHandler = raise_error
+) -> list[RecordT]:
+    """Read all rows of the sources and parse each.
+
+    Args:
+        sources: Data sources, see `read_rows`.
+        parse: Turns a row into a record or raises a DataError.
+        on_bad: Called with the error of each bad row; when it returns, the row is left out.
+
+    Raises:
+        DataError: A source cannot be read, or no usable row remains.
+    """
+    records = []
+    for source in sources:
+        for row in read_rows(source, on_bad):
+            try:
+                records.append(parse(row))
+            except DataError as error:
+                on_bad(error)
+    if not records:
+        raise DataError(
+            "no usable rows", where=", ".join(sources) or "data", fix="Name a source that holds some."
+        )
+    return records
+
+
+def parse_pair(row: Row, fields: Fields = DEFAULT_FIELDS) -> Pair:
+    """Turn a row into a preference pair.
+
+    Raises:
+        DataError: A field is missing, of the wrong type or empty, or chosen and rejected are the same.
+    """
+    if _format_of(row, fields) == "hh":
+        prompt, chosen, rejected = _split_transcripts(row, fields, _text(row, fields.rejected))
+        pair = Pair(prompt, chosen, rejected, row.where)
+    else:
+        prompt_text, chosen_text = _prompt_and_response(row, fields, fields.chosen)
+        rejected_prompt, rejected_text = _prompt_and_response(row, fields, fields.rejected)
+        if isinstance(chosen_text, str) != isinstance(rejected_text, str):
+            raise _wrong_type(row, fields.rejected, "must be of the same kind as chosen, text or messages")
+        if prompt_text != rejected_prompt:
+            raise DataError(
+                f"does not follow the same conversation as {fields.chosen!r} up to its last turn",
+                where=row.where,
+                field=fields.rejected,
+                fix="Both must answer the same prompt with one assistant turn.",
+                reason="prompts of a pair differ",
+            )
+        pair = Pair(prompt_text, chosen_text, rejected_text, row.where)
+    _check_not_empty(row, fields.chosen, pair.chosen)
+    _check_not_empty(row, fields.rejected, pair.rejected)
+    if _last_text(pair.chosen) == _last_text(pair.rejected):
+        raise DataError(
+            f"is the same as {fields.chosen!r}",
+            where=row.where,
+            field=fields.rejected,
+            fix="Remove the row: it states no preference.",
+            reason="chosen equals rejected",
+        )
+    return pair
+
+
+def parse_instruction(row: Row, fields: Fields = DEFAULT_FIELDS) -> Instruction:
+    """Turn a row into an instruction; a pair row gives its chosen response.
+
+    Raises:
+        DataError: A field is missing, of the wrong type or empty.
+    """
+    prompt: Text
+    response: Text
+    if _format_of(row, fields) == "hh":
+        field = fields.chosen
+        prompt, response, _ = _split_transcripts(row, fields, _optional_text(row, fields.rejected))
+    else:
+        has_own = row.data.get(fields.response) is not None or row.data.get(fields.chosen) is None
+        field = fields.response if has_own else fields.chosen
+        prompt, response = _prompt_and_response(row, fields, field)
+    _check_not_empty(row, field, response)
+    return Instruction(prompt, response, row.where)
+
+
+def parse_prompt(row: Row, fields: Fields = DEFAULT_FIELDS) -> Prompt:
+    """Turn a row into a prompt; of a pair, the prompt the two responses share.
+
+    Raises:
+        DataError: The prompt is missing, of the wrong type or empty.
+    """
+    prompt: Text
+    if _format_of(row, fields) == "hh":
+        prompt, _, _ = _split_transcripts(row, fields, _optional_text(row, fields.rejected))
+    elif row.data.get(fields.prompt) is None and isinstance(row.data.get(fields.chosen), list):
+        prompt, _ = _prompt_and_response(row, fields, fields.chosen)
+    else:
+        prompt = _prompt_field(row, fields)
+    columns = {name: value for name, value in row.data.items() if name != fields.prompt}
+    return Prompt(prompt, columns, row.where)
+
+
+def _format_of(row: Row, fields: Fields) -> Literal["columns", "hh"]:
+    """The format of a row: as chosen by the user, else told from the row itself."""
+    if fields.format != "auto":
+        return fields.format
+    if row.data.get(fields.prompt) is not None:
+        return "columns"
+    chosen = row.data.get(fields.chosen)
+    if isinstance(chosen, list) or isinstance(row.data.get(fields.response), list):
+        return "columns"  # chat messages can hold the prompt themselves
+    if isinstance(chosen, str) and chosen.startswith(HH_HUMAN):
+        return "hh"
+    raise DataError(
+        f"is missing, and {fields.chosen!r} is no HH-RLHF transcript (found fields: {sorted(row.data)})",
+        where=row.where,
+        field=fields.prompt,
+        fix="Name the columns with prompt_column and the like, or choose a format.",
+        reason=f"missing field {fields.prompt!r}",
+    )
+
+
+def _split_transcripts(row: Row, fields: Fields, rejected: str | None) -> tuple[str, str, str]:
+    """Split HH-RLHF transcripts into (prompt, chosen response, rejected response).
+
+    The prompt is the longest shared beginning that ends in "Assistant:". It is cut there rather than at each
+    transcript's own last turn because in some real rows the two already differ in an earlier turn.
+    """
+    chosen = _text(row, fields.chosen)
+    shared = chosen if rejected is None else _shared_beginning(chosen, rejected)
+    cut = shared.rfind(HH_ASSISTANT)
+    if cut < 0:
+        raise DataError(
+            f"holds no {HH_ASSISTANT!r}"
+            + ("" if rejected is None else f" in the beginning it shares with {fields.rejected!r}"),
+            where=row.where,
+            field=fields.chosen,
+            fix="Format 'hh' needs whole transcripts; use format 'columns' for rows with a prompt field.",
+            reason="not a pair of HH-RLHF transcripts",
+        )
+    _check_not_empty(row, fields.chosen, shared[:cut].removeprefix(HH_HUMAN), part="prompt")
+    end = cut + len(HH_ASSISTANT)
+    return chosen[:end], chosen[end:], "" if rejected is None else rejected[end:]
+
+
+def _shared_beginning(first: str, second: str) -> str:
+    for index, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return first[:index]
+    return min(first, second, key=len)
+
+
+def _prompt_and_response(row: Row, fields: Fields, field: str) -> tuple[Text, Text]:
+    """Prompt and response of a row in column format, both as strings or both as chat messages."""
+    value = _value(row, field)
+    if isinstance(value, str):
+        response = _text(row, field)
+        prompt = _prompt_field(row, fields)
+        return (prompt, response) if isinstance(prompt, str) else (prompt, [_message("assistant", response)])
+    messages = _messages(row, field)
+    if messages[-1]["role"] != "assistant":
+        raise _wrong_type(row, field, f"must end with an assistant turn, not {messages[-1]['role']!r}")
+    if len(messages) == 1:
+        prompt = _prompt_field(row, fields)
+        return ([_message("user", prompt)] if isinstance(prompt, str) else prompt), messages
+    if all(message["role"] == "assistant" for message in messages):
+        raise _wrong_type(row, field, f"must be one assistant turn, not {len(messages)} in a row")
+    conversation = _check_prompt(row, field, messages[:-1])
+    _check_same_prompt(row, fields, conversation)
+    return conversation, messages[-1:]
+
+
+def _check_same_prompt(row: Row, fields: Fields, conversation: Messages) -> None:
+    """A prompt field beside whole conversations must be part of them, or two prompts would compete."""
+    if row.data.get(fields.prompt) is None:
+        return
+    prompt = _prompt_field(row, fields)
+    same = (
+        any(message["content"] == prompt for message in conversation)
+        if isinstance(prompt, str)
+        else prompt == conversation
+    )
+    if not same:
+        raise DataError(
+            "differs from the conversation before the response",
+            where=row.where,
+            field=fields.prompt,
+            fix="Remove the field, or give the response as one assistant turn.",
+            reason="prompt differs from the conversation",
+        )
+
+
+def _prompt_field(row: Row, fields: Fields) -> Text:
+    value = _value(row, fields.prompt)
+    if isinstance(value, list):
+        return _check_prompt(row, fields.prompt, _messages(row, fields.prompt))
+    text = _text(row, fields.prompt)
+    _check_not_empty(row, fields.prompt, text)
+    return text
+
+
+def _check_prompt(row: Row, field: str, messages: Messages) -> Messages:
+    if messages[-1]["role"] == "assistant":
+        raise _wrong_type(row, field, "has a prompt ending with an assistant turn: nothing to answer")
+    _check_not_empty(row, field, messages, part="prompt")
+    return messages
+
+
+def _message(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def _value(row: Row, field: str) -> Any:
+    value = row.data.get(field)
+    if value is None:  # tables store an absent field as null
+        raise DataError(
+            f"is missing (found: {sorted(row.data)})",
+            where=row.where,
+            field=field,
+            fix="Add it, or name another field with the *_column options.",
+            reason=f"missing field {field!r}",
+        )
+    return value
+
+
+def _text(row: Row, field: str) -> str:
+    value = _value(row, field)
+    if not isinstance(value, str):
+        raise _wrong_type(row, field, f"must be text or chat messages, not {type(value).__name__}")
+    return _check_unicode(row, field, value)
+
+
+def _optional_text(row: Row, field: str) -> str | None:
+    return None if row.data.get(field) is None else _text(row, field)
+
+
+def _messages(row: Row, field: str) -> Messages:
+    value = _value(row, field)
+    if not isinstance(value, list):
+        raise _wrong_type(row, field, f"must be text or chat messages, not {type(value).__name__}")
+    if not value:
+        raise _empty(row, field, "is an empty list")
+    for number, message in enumerate(value, start=1):
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(k), str) for k in ("role", "content")
+        ):
+            raise _wrong_type(
+                row, field, f"must hold messages with text 'role' and 'content'; number {number} is not"
+            )
+        _check_unicode(row, field, message["content"])
+    return value
+
+
+def _check_unicode(row: Row, field: str, text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which tokenizers refuse
+        raise DataError(
+            f"holds a lone surrogate at character {error.start + 1}",
+            where=row.where,
+            field=field,
+            fix="Write the text again from properly decoded strings.",
+            reason="not Unicode text",
+        ) from error
+    return text
+
+
+def _check_not_empty(row: Row, field: str, text: Text, part: str = "text") -> None:
+    if not _last_text(text).strip():
+        raise _empty(row, field, f"has an empty {part}")
+
+
+def _last_text(text: Text) -> str:
+    return text if isinstance(text, str) else text[-1]["content"]
+
+
+def _empty(row: Row, field: str, problem: str) -> DataError:
+    return DataError(
+        problem, where=row.where, field=field, fix="Fill or remove it.", reason=f"empty field {field!r}"
+    )
+
+
+def _wrong_type(row: Row, field: str, problem: str) -> DataError:
+    return DataError(
+        problem,
+        where=row.where,
+        field=field,
+        fix="Give a string, or a list of {'role': ..., 'content': ...}.",
+        reason=f"wrong type of field {field!r}",
+    )

@@ -4,8 +4,7 @@ PEFT's own ``set_adapter`` and ``disable_adapter`` rewrite ``requires_grad`` and
 here writes the two attributes that a LoRA layer reads in its forward pass, and nothing else.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from peft import LoraConfig
@@ -51,6 +50,10 @@ class LoraArgs:
         )
 
 
+# One (active set, off?) pair a LoRA layer.
+State = list[tuple[str | list[str], bool]]
+
+
 class AdapterSwitch:
     """Selects the LoRA set that a trunk's forward pass reads.
 
@@ -61,21 +64,10 @@ class AdapterSwitch:
     def __init__(self, trunk: nn.Module) -> None:
         self._layers = [m for m in trunk.modules() if isinstance(m, BaseTunerLayer)]
 
-    @contextmanager
-    def use(self, adapter: str | None) -> Iterator[None]:
+    def use(self, adapter: str | None) -> AbstractContextManager[None]:
         """Read this LoRA set (None: LoRA off) inside the block; the former state comes back, also on exceptions."""
-        state = [([adapter] if adapter is not None else layer._active_adapter, adapter is None) for layer in self._layers]
-        with self._restored(state):
-            yield
-
-    @contextmanager
-    def _restored(self, state: list[tuple[str | list[str], bool]]) -> Iterator[None]:
-        before = self._state()
-        self._write(state)
-        try:
-            yield
-        finally:
-            self._write(before)
+        off = adapter is None
+        return _Selected(self, [(layer._active_adapter if off else [adapter], off) for layer in self._layers])
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return the (forward, recompute) contexts for ``torch.utils.checkpoint``'s ``context_fn``.
@@ -83,11 +75,25 @@ class AdapterSwitch:
         Recomputation happens during backward, when another set may be on; without this the gradients of every set
         but the last one used are silently wrong.
         """
-        return nullcontext(), self._restored(self._state())
+        return nullcontext(), _Selected(self, self._state())
 
-    def _state(self) -> list[tuple[str | list[str], bool]]:
+    def _state(self) -> State:
         return [(layer._active_adapter, layer._disable_adapters) for layer in self._layers]
 
-    def _write(self, state: list[tuple[str | list[str], bool]]) -> None:
+    def _write(self, state: State) -> None:
         for layer, (active, disabled) in zip(self._layers, state, strict=True):
             layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+class _Selected(AbstractContextManager[None]):
+    """A state of the switch, on inside the block; may be entered again, as a graph walked twice does."""
+
+    def __init__(self, switch: AdapterSwitch, state: State) -> None:
+        self._switch, self._state = switch, state
+
+    def __enter__(self) -> None:
+        self._before = self._switch._state()
+        self._switch._write(self._state)
+
+    def __exit__(self, *_: object) -> None:
+        self._switch._write(self._before)

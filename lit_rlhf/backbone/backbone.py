@@ -2,12 +2,14 @@
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -47,6 +49,8 @@ class Backbone(nn.Module):
         self.layout = layout
         self.temperature = temperature
         self.gradient_checkpointing = gradient_checkpointing
+        for model in trunks.values():
+            model.eval()
         widths = [model.get_output_embeddings().in_features for model in trunks.values()]
         lm_trunks = {role.trunk for role in layout.roles.values() if role.head == "lm"}
         self.logit_transforms: dict[str, LogitTransform] = {
@@ -84,12 +88,11 @@ class Backbone(nn.Module):
                 # transformers 5.23 renamed the method; the older name still serves our lower bound.
                 enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
                 enable(kwargs)
+                for layer in model.modules():
+                    if isinstance(layer, GradientCheckpointingLayer):
+                        layer._gradient_checkpointing_func = _in_eval_mode(layer, layer._gradient_checkpointing_func)
             # Sampling follows the arguments of each call; nothing leaks in from the hub's file.
             model.generation_config = GenerationConfig()
-            for layer in model.modules():
-                # OPT's layers read `self.training` and this probability themselves.
-                if isinstance(layer, GradientCheckpointingLayer) and isinstance(getattr(layer, "dropout", None), float):
-                    layer.dropout = 0.0  # type: ignore[assignment]
 
     def _list_trainables(self) -> list[str]:
         trained_trunks = {name for name, trunk in self.layout.trunks.items() if trunk.trained}
@@ -236,12 +239,22 @@ class Backbone(nn.Module):
 
 def scalar_head(width: int) -> nn.Linear:
     """Return a float32 linear head ``[.., H] -> [.., 1]``, the same in every call (zero-mean, variance 1/(H+1))."""
-    head = nn.Linear(width, 1, dtype=torch.float32)
+    head = nn.Linear(width, 1, dtype=torch.float32, device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        head.weight.copy_(torch.randn(1, width, generator=generator) / (width + 1) ** 0.5)
+        head.weight.copy_(torch.randn(1, width, generator=generator, device="cpu") / (width + 1) ** 0.5)
         head.bias.zero_()
     return head
+
+
+def _in_eval_mode(layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Put a layer back in eval mode once its wrapper has decided to checkpoint: OPT's and Falcon's read it for dropout."""
+
+    def run(*args: Any) -> Any:
+        layer.training = False
+        return checkpoint(*args)
+
+    return run
 
 
 def _configured_eos(model: PreTrainedModel) -> list[int]:
@@ -268,13 +281,15 @@ def _with_adapters(
         if args is None:
             raise ValueError(f"the layout trains LoRA set {name!r}, but no lora settings were given")
         configs[name] = args.to_peft()
-    with torch.random.fork_rng(devices=[]):
-        # The initial A is the same wherever the backbone is built, so that a checkpoint fits any process.
-        torch.manual_seed(0)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        # The initial A is the same wherever the backbone is built (Lightning builds on the GPU); only the CPU's
+        # generator is seeded, since only its state is put back.
+        torch.default_generator.manual_seed(0)
         wrapped = get_peft_model(model, configs[names[0]], adapter_name=names[0])
         for name in names[1:]:
             wrapped.add_adapter(name, configs[name])
     assert isinstance(wrapped, PeftModel)
+    _check_targets(wrapped)
     for name in names:
         if name in loaded:
             renamed = {k.removesuffix(".weight") + f".{name}.weight": v for k, v in loaded[name].tensors.items()}
@@ -282,6 +297,14 @@ def _with_adapters(
             if unexpected:
                 raise ValueError(f"LoRA set {name!r} does not fit trunk {trunk!r}: {unexpected[:3]} ...")
     return wrapped
+
+
+def _check_targets(wrapped: PeftModel) -> None:
+    """Refuse LoRA on embeddings: log-probs read the output embedding plain, checkpoints know linear layers only."""
+    head = wrapped.get_base_model().get_output_embeddings()  # type: ignore[operator]
+    for name, module in wrapped.get_base_model().named_modules():
+        if isinstance(module, BaseTunerLayer) and (module is head or isinstance(module.get_base_layer(), nn.Embedding)):
+            raise ValueError(f"lora.target_modules adapts {name}; input and output embedding cannot carry LoRA here")
 
 
 def build_backbone(

@@ -91,8 +91,9 @@ def load_language_model(name: str, dtype: DType = "float32") -> PreTrainedModel:
     torch_dtype = getattr(torch, dtype)
     if source.random:
         config = AutoConfig.from_pretrained(source.path)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        # On the CPU whatever the ambient device (Lightning builds on the GPU): each device draws other numbers.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
         return model.eval()
     if source.gguf_file and importlib.util.find_spec("gguf") is None:

@@ -242,5 +242,13 @@ class TextData(LightningDataModule, ABC, Generic[RecordT, ExampleT]):
         dataset = self._ready(self.val_dataset)
         return self._loader(dataset, self._eval_batch_size()) if len(dataset) else []
 
+    def test_dataloader(self) -> DataLoader[ExampleT] | list[Any]:
+        """The validation batches; to test on other rows, name them in `validation`."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[ExampleT] | list[Any]:
+        """The validation batches."""
+        return self.val_dataloader()
+
     def _eval_batch_size(self) -> int:
         return self.batch_size

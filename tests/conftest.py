@@ -22,7 +22,11 @@ from lit_rlhf import PPO, FunctionReward, HydraSFT, LoraArgs, PreferenceData, Pr
 torch.set_num_threads(1)
 
 TINY = "random:tiny"
-OPENINGS = [f"The {thing} of the {film} was" for thing in ("plot", "music", "cast", "end") for film in ("film", "sequel", "show")]
+OPENINGS = [
+    f"The {thing} of the {film} was"
+    for thing in ("plot", "music", "cast", "end")
+    for film in ("film", "sequel", "show")
+]
 
 
 def adamw(lr: float = 1e-3) -> Callable[..., torch.optim.Optimizer]:

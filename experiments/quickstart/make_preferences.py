@@ -14,7 +14,7 @@ The steps, one function each:
 2. ``split_openings``: openings, not pairs, are divided into train and held-out, so nothing that was sampled
    from a held-out opening is seen in training.
 3. ``sample_continuations``: K continuations of each opening are sampled from SmolLM2-135M-Instruct as plain
-   text (no chat template) at temperature 1, without top-k or top-p. The end of sequence is forbidden: every
+   text (no chat template) at temperature 0.8, without top-k or top-p. The end of sequence is forbidden: every
    continuation is exactly ``--new-tokens`` long, and its length cannot give the ranking away.
 4. ``is_clean``: samples with special tokens or tags, non-ASCII text, more than two line breaks, links or
    coarse words are dropped, and so are those that ``round_trips`` refuses.
@@ -172,9 +172,7 @@ def load_model(folder: Path) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32).eval()
     tokenizer.padding_side = "left"
     # A field left None in the config given to generate() is filled from here, then from defaults (top_k=50).
-    model.generation_config = GenerationConfig(
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
-    )
+    model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
     return model, tokenizer
 
 
@@ -186,13 +184,14 @@ def sample_continuations(
     per_opening: int,
     new_tokens: int,
     batch_size: int,
+    temperature: float,
     seed: int,
 ) -> list[list[str]]:
     """``per_opening`` plain-text continuations of each opening, each exactly ``new_tokens`` tokens long."""
     torch.manual_seed(seed)
     config = GenerationConfig(
         do_sample=True,
-        temperature=1.0,
+        temperature=temperature,
         top_k=0,
         top_p=1.0,
         max_new_tokens=new_tokens,
@@ -231,9 +230,7 @@ def round_trips(opening: str, continuation: str, tokenizer: PreTrainedTokenizerB
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False) == opening + continuation
 
 
-def draw_pairs(
-    samples: Sequence[Sample], gap: float, limit: int, rng: random.Random
-) -> list[tuple[Sample, Sample]]:
+def draw_pairs(samples: Sequence[Sample], gap: float, limit: int, rng: random.Random) -> list[tuple[Sample, Sample]]:
     """Up to ``limit`` (chosen, rejected) pairs at least ``gap`` apart; no sample is used twice."""
     free = list(samples)
     pairs: list[tuple[Sample, Sample]] = []
@@ -279,10 +276,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--heldout", type=int, default=170, help="of these, held out")
     parser.add_argument("--samples", type=int, default=8, help="continuations of each opening")
     parser.add_argument("--new-tokens", type=int, default=24, help="tokens of each continuation")
+    parser.add_argument("--temperature", type=float, default=0.8, help="of the sampling")
     parser.add_argument("--batch-size", type=int, default=64, help="sequences sampled at once")
-    parser.add_argument("--gap", type=float, default=0.4, help="least score difference in a pair")
-    parser.add_argument("--pairs-per-opening", type=int, default=2)
-    parser.add_argument("--train-pairs", type=int, default=1000, help="at most this many")
+    parser.add_argument("--gap", type=float, default=0.5, help="least score difference in a pair")
+    parser.add_argument("--pairs-per-opening", type=int, default=3)
+    parser.add_argument("--train-pairs", type=int, default=1600, help="at most this many")
     parser.add_argument("--heldout-pairs", type=int, default=200, help="at most this many")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
@@ -293,9 +291,7 @@ def write_split(
 ) -> None:
     """Draw and sift the pairs of one split, write its two files, and print the mean scores."""
     rng = random.Random(f"{args.seed}-{name}")
-    drawn = [
-        (o, pair) for o in openings for pair in draw_pairs(scored[o], args.gap, args.pairs_per_opening, rng)
-    ]
+    drawn = [(o, pair) for o in openings for pair in draw_pairs(scored[o], args.gap, args.pairs_per_opening, rng)]
     rng.shuffle(drawn)
     drawn = [(o, (c, r)) for o, (c, r) in drawn[:most] if not UNFIT_PATTERN.search(f"{c[0]}\n{r[0]}")]
     rows = [{"prompt": o, "chosen": c[0], "rejected": r[0]} for o, (c, r) in drawn]
@@ -328,7 +324,14 @@ def main() -> None:
     model, tokenizer = load_model(args.model or default_model_folder())
     start = time.perf_counter()
     texts = sample_continuations(
-        openings, model, tokenizer, args.samples, args.new_tokens, args.batch_size, args.seed
+        openings,
+        model,
+        tokenizer,
+        args.samples,
+        args.new_tokens,
+        args.batch_size,
+        args.temperature,
+        args.seed,
     )
     seconds = time.perf_counter() - start
     speed = len(openings) * args.samples * args.new_tokens / seconds

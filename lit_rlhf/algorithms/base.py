@@ -1,5 +1,6 @@
-"""What every algorithm shares: building the backbone, its optimizer, and checkpoints that hold only what was trained."""
+"""What every algorithm shares: the backbone, its optimizer, and checkpoints that hold only what was trained."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import lightning as L
@@ -75,7 +76,7 @@ class BackboneModule(L.LightningModule):
     @property
     def pad_id(self) -> int:
         """Token id that fills padding."""
-        return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+        return int(self.tokenizer.pad_token_id)
 
     @property
     def eos_ids(self) -> list[int]:
@@ -89,7 +90,7 @@ class BackboneModule(L.LightningModule):
         layout = self.make_layout()
         check_artefacts(self.spec, layout)
         self.backbone = build_backbone(self.spec, layout, self.gradient_checkpointing, self.temperature)
-        self._eos_ids = sorted({int(self.tokenizer.eos_token_id), *self.backbone.eos_token_ids})  # type: ignore[arg-type]
+        self._eos_ids = sorted({int(self.tokenizer.eos_token_id), *self.backbone.eos_token_ids})
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's parameter groups."""
@@ -104,7 +105,7 @@ class BackboneModule(L.LightningModule):
         schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": self.lr_interval}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the trained tensors only."""
         state = super().state_dict(*args, **kwargs)
         trained = {f"backbone.{name}" for name in self.backbone.trainable_names}
@@ -130,13 +131,15 @@ class BackboneModule(L.LightningModule):
         ours = self._record()
         for key in ("algorithm", "layout", "trainable_names"):
             if saved[key] != ours[key]:
-                raise ValueError(f"cannot resume: the checkpoint's {key} differs from the configuration's\n"
-                                 f"  checkpoint:    {_shortened(saved[key])}\n  configuration: {_shortened(ours[key])}")
+                raise ValueError(
+                    f"cannot resume: the checkpoint's {key} differs from the configuration's\n"
+                    f"  checkpoint:    {_shortened(saved[key])}\n  configuration: {_shortened(ours[key])}"
+                )
         for key, value in ours["spec"].items():
             if saved["spec"][key] != value:
                 raise ValueError(f"cannot resume: {key} was {saved['spec'][key]!r} and is now {value!r}")
 
-    def log_all(self, prefix: str, values: dict[str, Tensor | float], **kwargs: Any) -> None:
+    def log_all(self, prefix: str, values: Mapping[str, Tensor | float], **kwargs: Any) -> None:
         """Log values under ``prefix/``."""
         self.log_dict({f"{prefix}/{name}": value for name, value in values.items()}, **kwargs)
 
@@ -144,7 +147,7 @@ class BackboneModule(L.LightningModule):
         """Sum a tensor over all ranks (without a trainer: itself)."""
         if self._trainer is None:
             return tensor
-        return self.trainer.strategy.reduce(tensor.clone(), reduce_op="sum")  # type: ignore[return-value]
+        return self.trainer.strategy.reduce(tensor.clone(), reduce_op="sum")
 
 
 def _shortened(value: Any) -> str:

@@ -209,9 +209,14 @@ class OnPolicyModule(BackboneModule):
             "truncated": experience.truncated.float(),
             "entropy": -masked_sum(log_probs, mask, dim=1) / length.clamp_min(1.0),
         }
-        stacked = torch.stack([column.double().sum() for column in columns.values()] + [length.new_tensor(len(length)).double()])
+        stacked = torch.stack(
+            [column.double().sum() for column in columns.values()] + [length.new_tensor(len(length)).double()]
+        )
         *sums, count = self.all_reduce_sum(stacked).tolist()
-        return {**{name: total / count for name, total in zip(columns, sums, strict=True)}, "kl_coef": self.kl.value}
+        return {
+            **{name: total / count for name, total in zip(columns, sums, strict=True)},
+            "kl_coef": self.kl.value,
+        }
 
     # ---- Lightning ---------------------------------------------------------------------------------------------
 
@@ -247,7 +252,10 @@ class OnPolicyModule(BackboneModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the controllers' state, plain numbers only."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["controllers"] = {"kl": self.kl.state_dict(), "reward_scaler": self.reward_scaler.state_dict()}
+        checkpoint["controllers"] = {
+            "kl": self.kl.state_dict(),
+            "reward_scaler": self.reward_scaler.state_dict(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the controllers' state."""

@@ -110,7 +110,12 @@ class PPO(OnPolicyModule):
         loss = policy_loss + self.value_coef * value_loss
         if with_entropy:
             loss = loss - self.entropy_coef * entropy_bonus(read["entropy"], b.mask)
-        stats = {"policy_loss": policy_loss.detach(), "value_loss": value_loss.detach(), **policy_stats, **value_stats}
+        stats = {
+            "policy_loss": policy_loss.detach(),
+            "value_loss": value_loss.detach(),
+            **policy_stats,
+            **value_stats,
+        }
         self.log_all("train", stats, batch_size=len(b), on_step=False, on_epoch=True)
         self._watch_kl(policy_stats["approx_kl"])
         return loss

@@ -1,10 +1,17 @@
 """Trunks, LoRA sets and heads, read by role."""
 
 from lit_rlhf.backbone.adapters import AdapterSwitch, LoraArgs
-from lit_rlhf.backbone.backbone import Backbone, build_backbone, check_artefacts
+from lit_rlhf.backbone.backbone import Backbone, build_backbone
 from lit_rlhf.backbone.loading import DType, load_language_model, load_tokenizer, resolve_source
 from lit_rlhf.backbone.roles import LAYOUTS, Layout, Role, Trunk, supervised_layout
-from lit_rlhf.backbone.stages import RECORD_KEY, BackboneSpec, RoleModel, StageCheckpoint, make_record
+from lit_rlhf.backbone.stages import (
+    RECORD_KEY,
+    BackboneSpec,
+    RoleModel,
+    StageCheckpoint,
+    check_artefacts,
+    make_record,
+)
 
 __all__ = [
     "LAYOUTS",

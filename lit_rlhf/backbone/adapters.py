@@ -1,7 +1,7 @@
 """LoRA sets on a trunk, and switching between them.
 
-PEFT's own ``set_adapter`` and ``disable_adapter`` rewrite ``requires_grad`` and cost milliseconds a call. The switch
-here writes the two attributes that a LoRA layer reads in its forward pass, and nothing else.
+PEFT's own ``set_adapter`` and ``disable_adapter`` rewrite ``requires_grad`` and cost milliseconds a call.
+The switch here writes the two attributes that a LoRA layer reads in its forward pass, and nothing else.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -65,15 +65,16 @@ class AdapterSwitch:
         self._layers = [m for m in trunk.modules() if isinstance(m, BaseTunerLayer)]
 
     def use(self, adapter: str | None) -> AbstractContextManager[None]:
-        """Read this LoRA set (None: LoRA off) inside the block; the former state comes back, also on exceptions."""
+        """Read this LoRA set (None: off) inside the block; the former state comes back, even on errors."""
         off = adapter is None
-        return _Selected(self, [(layer._active_adapter if off else [adapter], off) for layer in self._layers])
+        state = [(layer._active_adapter if adapter is None else [adapter], off) for layer in self._layers]
+        return _Selected(self, state)
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return the (forward, recompute) contexts for ``torch.utils.checkpoint``'s ``context_fn``.
 
-        Recomputation happens during backward, when another set may be on; without this the gradients of every set
-        but the last one used are silently wrong.
+        Recomputation happens during backward, when another set may be on; without this the gradients of
+        every set but the last one used are silently wrong.
         """
         return nullcontext(), _Selected(self, self._state())
 

@@ -2,9 +2,8 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lit_rlhf.backbone.adapters import AdapterSwitch, LoraArgs
 from lit_rlhf.backbone.language_head import LogitTransform, masked_log_probs, read_logit_transform
 from lit_rlhf.backbone.roles import HeadName, Layout, Role
-from lit_rlhf.backbone.stages import BackboneSpec, LoraSet, StageCheckpoint, starting_model
+from lit_rlhf.backbone.stages import BackboneSpec, LoraSet, StageCheckpoint, check_artefacts, starting_model
 from lit_rlhf.functional import gather_last, position_ids
 
 
@@ -33,7 +32,7 @@ class Backbone(nn.Module):
         lora: Configuration of the trained LoRA sets.
         loaded: LoRA sets that are read frozen, by name.
         gradient_checkpointing: Recompute the layers' activations in backward.
-        temperature: Divides the logits; the sampling temperature, so that log-probs are those of the sampled policy.
+        temperature: Divides the logits; the sampling temperature, so that log-probs are the sampled policy's.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class Backbone(nn.Module):
                 enable(kwargs)
                 for layer in model.modules():
                     if isinstance(layer, GradientCheckpointingLayer):
-                        layer._gradient_checkpointing_func = _in_eval_mode(layer, layer._gradient_checkpointing_func)
+                        _checkpoint_in_eval_mode(layer)
             # Sampling follows the arguments of each call; nothing leaks in from the hub's file.
             model.generation_config = GenerationConfig()
 
@@ -111,7 +110,7 @@ class Backbone(nn.Module):
         return names
 
     def freeze(self) -> None:
-        """Set ``requires_grad`` from the list of trainables; call it after anything of PEFT's that rewrites flags."""
+        """Set ``requires_grad`` from the list of trainables; call it after PEFT methods that rewrite flags."""
         trainable = set(self.trainable_names)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in trainable)
@@ -184,8 +183,8 @@ class Backbone(nn.Module):
             entropy: Also return the entropy of the last ``lm`` role under the key ``entropy``.
 
         Returns:
-            Role name to: log-probs ``[B, T]`` (``lm``), values ``[B, T]`` (``value``: of the state before token t),
-            or scores ``[B]`` (``reward``: at the last response token). All float32.
+            Role name to: log-probs ``[B, T]`` (``lm``), values ``[B, T]`` (``value``: of the state before
+            token t), or scores ``[B]`` (``reward``: at the last response token). All float32.
         """
         results: dict[str, Tensor] = {}
         responses = mask.shape[1]
@@ -225,7 +224,7 @@ class Backbone(nn.Module):
 
     @contextmanager
     def _checkpointed(self, trunk: str) -> Iterator[None]:
-        """Put the layers themselves (not their children) in train mode: that is what turns checkpointing on."""
+        """Put the layers themselves (not their children) in train mode: that turns checkpointing on."""
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):
             yield
             return
@@ -238,7 +237,7 @@ class Backbone(nn.Module):
 
 
 def scalar_head(width: int) -> nn.Linear:
-    """Return a float32 linear head ``[.., H] -> [.., 1]``, the same in every call (zero-mean, variance 1/(H+1))."""
+    """Return a float32 head ``[.., H] -> [.., 1]``, the same in every call (zero-mean, variance 1/(H+1))."""
     head = nn.Linear(width, 1, dtype=torch.float32, device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -247,14 +246,15 @@ def scalar_head(width: int) -> nn.Linear:
     return head
 
 
-def _in_eval_mode(layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """Put a layer back in eval mode once its wrapper has decided to checkpoint: OPT's and Falcon's read it for dropout."""
+def _checkpoint_in_eval_mode(layer: Any) -> None:
+    """Put a layer back in eval mode once it is being checkpointed: OPT's and Falcon's read it for dropout."""
+    checkpoint = layer._gradient_checkpointing_func
 
     def run(*args: Any) -> Any:
         layer.training = False
         return checkpoint(*args)
 
-    return run
+    layer._gradient_checkpointing_func = run
 
 
 def _configured_eos(model: PreTrainedModel) -> list[int]:
@@ -263,7 +263,7 @@ def _configured_eos(model: PreTrainedModel) -> list[int]:
 
 
 def drop_language_head(model: PreTrainedModel) -> None:
-    """Free the output embedding of a trunk that no ``lm`` role reads, unless it is tied to the input embedding."""
+    """Free the output embedding of a trunk that no ``lm`` role reads, unless the input embedding is the same."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head.weight is not embedding.weight:
         model.set_output_embeddings(nn.Identity())
@@ -282,8 +282,8 @@ def _with_adapters(
             raise ValueError(f"the layout trains LoRA set {name!r}, but no lora settings were given")
         configs[name] = args.to_peft()
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        # The initial A is the same wherever the backbone is built (Lightning builds on the GPU); only the CPU's
-        # generator is seeded, since only its state is put back.
+        # The initial A is the same wherever the backbone is built (Lightning builds on the GPU). Only the
+        # CPU's generator is seeded, since only its state is put back.
         torch.default_generator.manual_seed(0)
         wrapped = get_peft_model(model, configs[names[0]], adapter_name=names[0])
         for name in names[1:]:
@@ -300,7 +300,7 @@ def _with_adapters(
 
 
 def _check_targets(wrapped: PeftModel) -> None:
-    """Refuse LoRA on embeddings: log-probs read the output embedding plain, checkpoints know linear layers only."""
+    """Refuse LoRA on embeddings: log-probs read the output embedding plain, checkpoints know linear layers."""
     head = wrapped.get_base_model().get_output_embeddings()  # type: ignore[operator]
     for name, module in wrapped.get_base_model().named_modules():
         if isinstance(module, BaseTunerLayer) and (module is head or isinstance(module.get_base_layer(), nn.Embedding)):
@@ -342,27 +342,6 @@ def _start_heads(backbone: Backbone, spec: BackboneSpec) -> None:
             head.load_state_dict(reward)
     elif "value" in backbone.heads:
         nn.init.zeros_(backbone.heads["value"].weight)  # type: ignore[arg-type]
-
-
-def check_artefacts(spec: BackboneSpec, layout: Layout) -> None:
-    """Raise ValueError where a role needs an artefact that the checkpoints do not hold; loads no model."""
-    stages = {path: StageCheckpoint.read(path) for path in {spec.policy_checkpoint, spec.reward_checkpoint} if path}
-    if spec.policy_checkpoint and "actor" not in stages[spec.policy_checkpoint].layout.roles:
-        raise ValueError(f"policy_checkpoint {spec.policy_checkpoint} holds no policy (no actor role)")
-    if "reward" in layout.roles and "reward" not in layout.trained_heads:
-        path = spec.checkpoint_of("reward")
-        if path is None or stages[path].head_state("reward") is None:
-            raise ValueError(
-                "the reward role needs a trained reward head: give policy_checkpoint a Hydra-SFT checkpoint or "
-                "reward_checkpoint a reward-model checkpoint, or set `reward` to a reward function instead"
-            )
-    if layout.loaded_adapters:
-        path = spec.reward_checkpoint
-        if path is None or stages[path].lora_set("reward") is None:
-            raise ValueError("this layout reads the reward model as a LoRA set: give reward_checkpoint one with lora")
-        theirs, ours = stages[path].spec.policy_checkpoint, spec.policy_checkpoint
-        if theirs != (str(Path(ours).resolve()) if ours else None):
-            raise ValueError(f"reward_checkpoint was trained on policy checkpoint {theirs}, not on {ours}")
 
 
 def _loaded_sets(spec: BackboneSpec, layout: Layout) -> dict[str, LoraSet]:

@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -37,24 +43,26 @@ class ModelSource:
 def resolve_source(name: str) -> ModelSource:
     """Read a model name.
 
-    Accepted: ``random:FOLDER`` or ``random:tiny`` (random weights from a config; ``tiny`` ships with the package),
-    ``package:NAME`` (the GGUF file inside an installed package), a ``.gguf`` file, a local folder, or a hub name.
+    Accepted: ``random:FOLDER`` or ``random:tiny`` (random weights from a config; ``tiny`` ships with the
+    package), ``package:NAME`` (the GGUF file in an installed package), a ``.gguf`` file, a local folder, or
+    a hub name.
 
     Raises:
         FileNotFoundError: A local form names something that is not there.
     """
     if name.startswith("random:"):
         rest = name.removeprefix("random:")
-        folder = ASSETS / rest if rest == "tiny" else Path(rest)
+        folder = ASSETS / rest if rest == "tiny" else Path(rest).expanduser()
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"model {name!r}: {folder} holds no config.json")
         return ModelSource(str(folder), random=True)
     if name.startswith("package:"):
         return _packaged_source(name)
     if name.endswith(".gguf"):
-        if not Path(name).is_file():
+        file = Path(name).expanduser()
+        if not file.is_file():
             raise FileNotFoundError(f"model {name!r}: no such GGUF file")
-        return ModelSource(str(Path(name).parent), gguf_file=Path(name).name)
+        return ModelSource(str(file.parent), gguf_file=file.name)
     if name.startswith((".", "/", "~")):
         folder = Path(name).expanduser()
         if not (folder / "config.json").is_file():
@@ -65,8 +73,11 @@ def resolve_source(name: str) -> ModelSource:
 
 def _packaged_source(name: str) -> ModelSource:
     package = name.removeprefix("package:")
-    # The spec is enough; importing the package could pull in a runtime that is not installed.
-    spec = importlib.util.find_spec(package)
+    try:
+        # The spec is enough; importing the package could pull in a runtime that is not installed.
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # a dotted name whose parent is missing, an empty name
+        spec = None
     if spec is not None and spec.submodule_search_locations:
         for folder in spec.submodule_search_locations:
             for file in sorted(Path(folder).glob("*.gguf")):
@@ -91,7 +102,7 @@ def load_language_model(name: str, dtype: DType = "float32") -> PreTrainedModel:
     torch_dtype = getattr(torch, dtype)
     if source.random:
         config = AutoConfig.from_pretrained(source.path)
-        # On the CPU whatever the ambient device (Lightning builds on the GPU): each device draws other numbers.
+        # On the CPU even where Lightning builds on the GPU: each device draws other numbers.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype)

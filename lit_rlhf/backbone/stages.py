@@ -31,7 +31,7 @@ class BackboneSpec:
         dtype: Dtype of the trunks. LoRA sets and scalar heads are float32 always.
         lora: The trained LoRA sets; None where trunks are fully trained.
         policy_checkpoint: Stage checkpoint (SFT, Hydra-SFT, an earlier PPO) the policy trunks start from.
-        reward_checkpoint: Reward-model checkpoint; None means the policy checkpoint's own reward head, if any.
+        reward_checkpoint: Reward-model checkpoint; None means the policy checkpoint's own reward head.
     """
 
     model: str
@@ -116,7 +116,7 @@ class RoleModel:
         """Fold the sets into the base weights, once, and return it."""
         for lora_set in self.sets:
             attached = attach_lora(self.base, lora_set.args.to_peft(), lora_set.tensors)
-            self.base = attached.merge_and_unload()  # type: ignore[operator]
+            self.base = attached.merge_and_unload()
         self.sets = []
         return self.base
 
@@ -140,7 +140,7 @@ def attach_lora(model: PreTrainedModel, config: LoraConfig, tensors: dict[str, T
     """
     attached = get_peft_model(model, config)
     assert isinstance(attached, PeftModel)
-    result = set_peft_model_state_dict(attached, tensors)
+    result: Any = set_peft_model_state_dict(attached, tensors)
     missing = [key for key in result.missing_keys if "lora_" in key]
     if result.unexpected_keys or missing:
         raise ValueError(f"LoRA set does not fit the model: {[*result.unexpected_keys, *missing][:3]} ...")
@@ -153,11 +153,16 @@ def concatenate(sets: list[LoraSet]) -> LoraSet:
     Sets that adapt different modules are padded with zeros.
     """
     rank = sum(s.args.r for s in sets)
-    modules = {name.rsplit(".lora_A.weight", 1)[0] for s in sets for name in s.tensors if name.endswith("lora_A.weight")}
+    modules = {
+        name.rsplit(".lora_A.weight", 1)[0] for s in sets for name in s.tensors if name.endswith("lora_A.weight")
+    }
     tensors: dict[str, Tensor] = {}
     for module in sorted(modules):
         owner = next(s for s in sets if f"{module}.lora_A.weight" in s.tensors)
-        columns, rows = owner.tensors[f"{module}.lora_A.weight"].shape[1], owner.tensors[f"{module}.lora_B.weight"].shape[0]
+        columns, rows = (
+            owner.tensors[f"{module}.lora_A.weight"].shape[1],
+            owner.tensors[f"{module}.lora_B.weight"].shape[0],
+        )
         a_parts, b_parts = [], []
         for s in sets:
             a = s.tensors.get(f"{module}.lora_A.weight")
@@ -216,7 +221,11 @@ class StageCheckpoint:
             ValueError: The checkpoint has no such role.
         """
         where = self._role(role)
-        if where.adapter is None or self.spec.lora is None:
+        if where.adapter is None:
+            return None
+        if where.adapter in self.layout.loaded_adapters and self.spec.reward_checkpoint is not None:
+            return StageCheckpoint.read(self.spec.reward_checkpoint).lora_set("reward")
+        if self.spec.lora is None:
             return None
         prefix, middle = f"backbone.trunks.{where.trunk}.", f".{where.adapter}.weight"
         tensors = {
@@ -248,7 +257,7 @@ class StageCheckpoint:
         return parent if lora_set is None else RoleModel(parent.base, [*parent.sets, lora_set])
 
     def head_state(self, head: HeadName) -> dict[str, Tensor] | None:
-        """Return the tensors of a scalar head, looked for along the chain of stages; None if nobody trained one."""
+        """Return the tensors of a scalar head, from the nearest stage of the chain that trained one, or None."""
         prefix = f"backbone.heads.{head}."
         own = {k.removeprefix(prefix): v for k, v in self.state.items() if k.startswith(prefix)}
         if own:
@@ -271,3 +280,47 @@ def starting_model(spec: BackboneSpec, artefact: ArtefactName) -> RoleModel:
         raise ValueError(f"checkpoint {path} was trained from model {stage.spec.model!r}, but model is {spec.model!r}")
     role = "reward" if artefact == "reward" and "reward" in stage.layout.roles else "actor"
     return stage.role_model(role, spec.dtype)
+
+
+def check_artefacts(spec: BackboneSpec, layout: Layout) -> None:
+    """Raise ValueError where a role needs an artefact that the checkpoints do not hold; loads no model."""
+    stages = {path: StageCheckpoint.read(path) for path in {spec.policy_checkpoint, spec.reward_checkpoint} if path}
+    if spec.policy_checkpoint and "actor" not in stages[spec.policy_checkpoint].layout.roles:
+        raise ValueError(f"policy_checkpoint {spec.policy_checkpoint} holds no policy (no actor role)")
+    if "reward" in layout.roles and "reward" not in layout.trained_heads:
+        path = spec.checkpoint_of("reward")
+        if path is None or stages[path].head_state("reward") is None:
+            raise ValueError(
+                "the reward role needs a trained reward head: give policy_checkpoint a Hydra-SFT checkpoint "
+                "or reward_checkpoint a reward-model checkpoint, or set `reward` to a reward function instead"
+            )
+        _check_reward_trunk(spec, layout, stages[path])
+    if layout.loaded_adapters:
+        path = spec.reward_checkpoint
+        if path is None or stages[path].lora_set("reward") is None:
+            raise ValueError("this layout reads the reward model as a LoRA set: give reward_checkpoint one with lora")
+        theirs, ours = stages[path].spec.policy_checkpoint, spec.policy_checkpoint
+        if theirs != (str(Path(ours).resolve()) if ours else None):
+            raise ValueError(f"reward_checkpoint was trained on policy checkpoint {theirs}, not on {ours}")
+
+
+def _check_reward_trunk(spec: BackboneSpec, layout: Layout, stage: StageCheckpoint) -> None:
+    """Refuse a reward head on a trunk it was not trained on: its scores would look right and mean nothing.
+
+    Args:
+        spec: Where weights start.
+        layout: A layout with a reward role.
+        stage: The checkpoint that the reward head comes from.
+    """
+    where, roles = layout.roles["reward"], stage.layout.roles
+    fits = "reward" in roles
+    if fits and where.adapter is None and layout.trunks[where.trunk].artefact == "policy":
+        # The role reads what the policy starts from, so one stage must have trained both in one pass.
+        passes = {(role.trunk, role.adapter) for name, role in roles.items() if name in ("actor", "reward")}
+        fits = spec.policy_checkpoint == spec.checkpoint_of("reward") and "actor" in roles and len(passes) == 1
+    if not fits:
+        raise ValueError(
+            f"the reward head of {stage.path} was trained on another trunk than the one this layout "
+            "reads: give policy_checkpoint the Hydra-SFT checkpoint that holds both and leave reward_checkpoint "
+            "out, or choose a layout with a reward trunk (full, lora, dynamic_lora)"
+        )

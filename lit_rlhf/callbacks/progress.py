@@ -32,4 +32,4 @@ class IterationProgress(RichProgressBar, PhaseListener):
         """Leave out the logger's version number."""
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
-        return items  # type: ignore[return-value]
+        return items

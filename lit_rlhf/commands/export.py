@@ -48,7 +48,10 @@ def export(
         tokenizer.save_pretrained(str(partial))
         head = stage.layout.roles[role].head
         if head != "lm" and (state := stage.head_state(head)) is not None:
-            save_file({f"{head}.{name}": tensor.contiguous() for name, tensor in state.items()}, partial / "heads.safetensors")
+            save_file(
+                {f"{head}.{name}": tensor.contiguous() for name, tensor in state.items()},
+                partial / "heads.safetensors",
+            )
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

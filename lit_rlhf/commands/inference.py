@@ -67,12 +67,19 @@ def complete(
     """
     records = [Prompt(prompt, {}, f"prompt {index + 1}") for index, prompt in enumerate(prompts)]
     examples = tokenize_prompts(records, tokenizer)
-    batch = collate_prompts(examples, int(tokenizer.pad_token_id))  # type: ignore[arg-type]
+    batch = collate_prompts(examples, int(tokenizer.pad_token_id))
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     listed = configured if isinstance(configured, list) else [configured]
     eos_ids = sorted({int(i) for i in [tokenizer.eos_token_id, *listed] if i is not None})
-    pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    pad_id = int(tokenizer.pad_token_id)
     done = generate(
-        model, batch["tokens"], batch["attention_mask"], sampling, pad_id, eos_ids, greedy=greedy, batch_size=batch_size
+        model,
+        batch["tokens"],
+        batch["attention_mask"],
+        sampling,
+        pad_id,
+        eos_ids,
+        greedy=greedy,
+        batch_size=batch_size,
     )
     return done.decode(tokenizer)

@@ -206,8 +206,8 @@ class Curves(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Score the iteration's own responses."""
-        samples = pl_module.rollout_buffer.samples  # type: ignore[union-attr]
-        gold = self.gold([sample["response"] for sample in samples])  # type: ignore[union-attr, index, misc]
+        assert isinstance(pl_module, PPO)
+        gold = self.gold([sample["response"] for sample in pl_module.rollout_buffer.samples])
         mean = sum(gold) / len(gold)
         pl_module.log("rollout/gold", mean)
         logged = trainer.callback_metrics

@@ -132,7 +132,13 @@ def compare(gold: GoldScorer, before: Responses, after: Responses) -> dict[str, 
 
 def sample_rows(gold: GoldScorer, before: Responses, after: Responses) -> list[dict[str, Any]]:
     """Return every held-out opening with both responses and their scores."""
-    columns = (before.prompts, before.responses, gold(before.responses), after.responses, gold(after.responses))
+    columns = (
+        before.prompts,
+        before.responses,
+        gold(before.responses),
+        after.responses,
+        gold(after.responses),
+    )
     names = ("prompt", "before", "gold_before", "after", "gold_after")
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
@@ -143,7 +149,13 @@ def print_tables(result: dict[str, Any], gold: GoldScorer, before: Responses, af
     for name in ("opening", "before PPO", "", "after PPO", ""):
         samples.add_column(name, overflow="fold", justify="left" if name else "right")
     for row in sample_rows(gold, before, after)[:SHOWN]:
-        cells = [row["prompt"], row["before"], f"{row['gold_before']:+.2f}", row["after"], f"{row['gold_after']:+.2f}"]
+        cells = [
+            row["prompt"],
+            row["before"],
+            f"{row['gold_before']:+.2f}",
+            row["after"],
+            f"{row['gold_after']:+.2f}",
+        ]
         samples.add_row(*[" ".join(str(cell).split()).replace("[", "\\[") for cell in cells])
     CONSOLE.print(samples)
     table = Table("result", "value")
@@ -152,9 +164,18 @@ def print_tables(result: dict[str, Any], gold: GoldScorer, before: Responses, af
         ("pairwise accuracy, held-out pairs", f"{result['pairwise_accuracy']:.3f}"),
         ("gold score before PPO", f"{result['gold_before']:+.3f}"),
         ("gold score after PPO", f"{result['gold_after']:+.3f}"),
-        ("win rate, after against before", f"{result['win_rate']:.3f}  (95 % interval {low:.3f} to {high:.3f})"),
-        ("KL to the reference", f"{result['kl_to_reference']:.2f} nats a response (target {result['kl_target']:g})"),
-        ("perplexity under the reference", f"{result['reference_perplexity_before']:.1f} -> {result['reference_perplexity_after']:.1f}"),
+        (
+            "win rate, after against before",
+            f"{result['win_rate']:.3f}  (95 % interval {low:.3f} to {high:.3f})",
+        ),
+        (
+            "KL to the reference",
+            f"{result['kl_to_reference']:.2f} nats a response (target {result['kl_target']:g})",
+        ),
+        (
+            "perplexity under the reference",
+            f"{result['reference_perplexity_before']:.1f} -> {result['reference_perplexity_after']:.1f}",
+        ),
         ("PPO samples per second", f"{result['samples_per_second']:.2f}"),
         ("peak memory", f"{result['peak_memory_bytes'] / 2**30:.2f} GiB"),
         ("seconds", f"{sum(result['seconds'].values()):.0f}"),
@@ -172,7 +193,11 @@ def plot_curves(rows: Sequence[dict[str, float]], kl_target: float, path: Path) 
 
     iterations = [row["iteration"] for row in rows]
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), constrained_layout=True)
-    panels = (("score", "reward (learned)"), ("gold", "gold score (vaderSentiment)"), ("kl", "KL to the reference [nats]"))
+    panels = (
+        ("score", "reward (learned)"),
+        ("gold", "gold score (vaderSentiment)"),
+        ("kl", "KL to the reference [nats]"),
+    )
     for axis, (key, title) in zip(axes, panels, strict=True):
         axis.plot(iterations, [row[key] for row in rows], marker="o", markersize=3, color="tab:blue")
         axis.set_title(title, fontsize=10)

@@ -16,7 +16,10 @@ from lit_rlhf.algorithms import BackboneModule
 from lit_rlhf.callbacks import IterationProgress
 
 TRAINER_DEFAULTS: dict[str, Any] = {
-    "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "lit_rlhf"}},
+    "logger": {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": "runs", "name": "lit_rlhf"},
+    },
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 10,
 }
@@ -56,7 +59,10 @@ class CLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         config = self._get(self.config_init, "trainer", default={})
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        named = [str(c.get("class_path", "")) if hasattr(c, "get") else type(c).__name__ for c in config.get("callbacks") or []]
+        named = [
+            str(c.get("class_path", "")) if hasattr(c, "get") else type(c).__name__
+            for c in config.get("callbacks") or []
+        ]
         if config.get("enable_progress_bar") is not False and not any("ProgressBar" in name for name in named):
             callbacks[:] = [c for c in callbacks if not isinstance(c, ProgressBar)] + [IterationProgress()]
         default = [c for c in callbacks if type(c) is ModelCheckpoint]

@@ -143,9 +143,7 @@ class TextData(LightningDataModule, ABC, Generic[RecordT, ExampleT]):
         """Turn a row into this module's record, or raise a DataError."""
 
     @abstractmethod
-    def tokenize(
-        self, records: list[RecordT], tokenizer: PreTrainedTokenizerBase, bad: BadRows
-    ) -> list[ExampleT]:
+    def tokenize(self, records: list[RecordT], tokenizer: PreTrainedTokenizerBase, bad: BadRows) -> list[ExampleT]:
         """Tokenise records, reporting bad ones to `bad`."""
 
     @abstractmethod
@@ -187,9 +185,7 @@ class TextData(LightningDataModule, ABC, Generic[RecordT, ExampleT]):
         for name, part, before in (("training", train, records), ("validation", val, held_out)):
             if before and not part:
                 fix = "Raise max_prompt_length or max_response_length, or change what they drop."
-                raise DataError(
-                    f"none of the {len(before)} {name} rows is left", where=str(self.sources), fix=fix
-                )
+                raise DataError(f"none of the {len(before)} {name} rows is left", where=str(self.sources), fix=fix)
         self.pad_id = pad_id
         self.val_dataset = ExampleDataset(val)
         self.train_dataset = ExampleDataset(train)

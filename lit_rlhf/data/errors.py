@@ -22,9 +22,7 @@ class DataError(ValueError):
         reason: Short kind of the problem, the key under which skipped rows are counted.
     """
 
-    def __init__(
-        self, problem: str, *, where: str, field: str | None = None, fix: str = "", reason: str = ""
-    ) -> None:
+    def __init__(self, problem: str, *, where: str, field: str | None = None, fix: str = "", reason: str = "") -> None:
         subject = f"field {field!r} {problem}" if field is not None else problem
         super().__init__(f"{where}: {subject}." + (f" {fix}" if fix else ""))
         self.where = where

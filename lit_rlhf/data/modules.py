@@ -113,9 +113,7 @@ class PreferenceData(ResponseData[Pair, PairTokens]):
         """Turn a row into a pair, see `parse_pair`."""
         return parse_pair(row, self.fields)
 
-    def tokenize(
-        self, records: list[Pair], tokenizer: PreTrainedTokenizerBase, bad: BadRows
-    ) -> list[PairTokens]:
+    def tokenize(self, records: list[Pair], tokenizer: PreTrainedTokenizerBase, bad: BadRows) -> list[PairTokens]:
         """Tokenise pairs, see `tokenize_pairs`."""
         return tokenize_pairs(records, tokenizer, self.options, bad)
 
@@ -170,9 +168,7 @@ class PromptData(TextData[Prompt, PromptTokens]):
         """Turn a row into a prompt, see `parse_prompt`."""
         return parse_prompt(row, self.fields)
 
-    def tokenize(
-        self, records: list[Prompt], tokenizer: PreTrainedTokenizerBase, bad: BadRows
-    ) -> list[PromptTokens]:
+    def tokenize(self, records: list[Prompt], tokenizer: PreTrainedTokenizerBase, bad: BadRows) -> list[PromptTokens]:
         """Tokenise prompts, see `tokenize_prompts`."""
         return tokenize_prompts(records, tokenizer, self.options, bad)
 

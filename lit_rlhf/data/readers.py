@@ -16,8 +16,7 @@ from lit_rlhf.data.errors import BadRowHandler, DataError, raise_error
 HUB_PREFIX = "hub:"
 SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves in a folder
 ACCEPTED = (
-    "a .jsonl, .jsonl.gz, .csv or .parquet file, a folder written by datasets' save_to_disk, "
-    "or hub:owner/name[:split]"
+    "a .jsonl, .jsonl.gz, .csv or .parquet file, a folder written by datasets' save_to_disk, or hub:owner/name[:split]"
 )
 
 
@@ -61,9 +60,7 @@ def read_rows(source: str, on_bad: BadRowHandler = raise_error) -> Iterator[Row]
         return _read_csv(path, on_bad)
     if name.endswith(".parquet"):
         return _read_parquet(path)
-    raise DataError(
-        f"unknown kind of file {path.suffix!r}", where=source, fix=f"A data source is {ACCEPTED}."
-    )
+    raise DataError(f"unknown kind of file {path.suffix!r}", where=source, fix=f"A data source is {ACCEPTED}.")
 
 
 def _read_jsonl(path: Path, on_bad: BadRowHandler) -> Iterator[Row]:
@@ -87,9 +84,7 @@ def _open_binary(path: Path) -> BinaryIO:
         # GzipFile reads like a binary file but is not declared as one.
         return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")  # type: ignore[return-value]
     except OSError as error:
-        raise DataError(
-            f"cannot be opened ({error})", where=str(path), fix="Check its permissions."
-        ) from error
+        raise DataError(f"cannot be opened ({error})", where=str(path), fix="Check its permissions.") from error
 
 
 def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
@@ -230,9 +225,7 @@ def _read_saved_dataset(path: Path) -> Iterator[Row]:
     try:
         dataset = datasets.load_from_disk(str(path))
     except Exception as error:  # many kinds, none of which names the folder
-        raise DataError(
-            f"cannot be loaded ({error})", where=str(path), fix="Write the folder again."
-        ) from error
+        raise DataError(f"cannot be loaded ({error})", where=str(path), fix="Write the folder again.") from error
     if isinstance(dataset, datasets.DatasetDict):
         splits = ", ".join(str(path / name) for name in dataset)
         raise DataError("the folder holds several splits", where=str(path), fix=f"Name one of {splits}.")
@@ -247,9 +240,7 @@ def load_hub(source: str) -> Iterable[dict[str, Any]]:
     """
     name, _, split = source.removeprefix(HUB_PREFIX).partition(":")
     if name.count("/") != 1 or not all(name.split("/")):
-        raise DataError(
-            "not a hub dataset name", where=source, fix="Write hub:owner/name or hub:owner/name:split."
-        )
+        raise DataError("not a hub dataset name", where=source, fix="Write hub:owner/name or hub:owner/name:split.")
     import datasets
 
     try:

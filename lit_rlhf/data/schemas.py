@@ -80,9 +80,7 @@ def load_records(
             except DataError as error:
                 on_bad(error)
     if not records:
-        raise DataError(
-            "no usable rows", where=", ".join(sources) or "data", fix="Name a source that holds some."
-        )
+        raise DataError("no usable rows", where=", ".join(sources) or "data", fix="Name a source that holds some.")
     return records
 
 
@@ -299,12 +297,8 @@ def _messages(row: Row, field: str) -> Messages:
     if not value:
         raise _empty(row, field, "is an empty list")
     for number, message in enumerate(value, start=1):
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(k), str) for k in ("role", "content")
-        ):
-            raise _wrong_type(
-                row, field, f"must hold messages with text 'role' and 'content'; number {number} is not"
-            )
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise _wrong_type(row, field, f"must hold messages with text 'role' and 'content'; number {number} is not")
         _check_unicode(row, field, message["content"])
     return value
 
@@ -333,9 +327,7 @@ def _last_text(text: Text) -> str:
 
 
 def _empty(row: Row, field: str, problem: str) -> DataError:
-    return DataError(
-        problem, where=row.where, field=field, fix="Fill or remove it.", reason=f"empty field {field!r}"
-    )
+    return DataError(problem, where=row.where, field=field, fix="Fill or remove it.", reason=f"empty field {field!r}")
 
 
 def _wrong_type(row: Row, field: str, problem: str) -> DataError:

@@ -10,9 +10,7 @@ def check_shapes(**tensors: Tensor) -> None:
     first, reference = next(items)
     for name, tensor in items:
         if tensor.shape != reference.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, but {first} has shape {tuple(reference.shape)}"
-            )
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but {first} has shape {tuple(reference.shape)}")
 
 
 def check_rows(**tensors: Tensor) -> None:

@@ -10,9 +10,7 @@ from lit_rlhf.functional._common import check_mask, check_shapes, zero_masked
 KLEstimator = Literal["k1", "k2", "k3"]
 
 
-def kl_estimate(
-    log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor, estimator: KLEstimator = "k1"
-) -> Tensor:
+def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor, estimator: KLEstimator = "k1") -> Tensor:
     """Estimate KL(pi || ref) from the log-probabilities of tokens sampled from pi.
 
     With ``log_ratio = log pi - log ref``: k1 = log_ratio (unbiased, may be negative), k2 = log_ratio^2 / 2

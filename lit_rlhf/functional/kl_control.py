@@ -8,9 +8,7 @@ from collections.abc import Mapping
 def _check_number(name: str, value: float, *, positive: bool) -> float:
     value = float(value)
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
-        raise ValueError(
-            f"{name} must be finite and {'positive' if positive else 'not negative'}, got {value}"
-        )
+        raise ValueError(f"{name} must be finite and {'positive' if positive else 'not negative'}, got {value}")
     return value
 
 

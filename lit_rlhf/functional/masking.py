@@ -59,9 +59,7 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return kept.sum() if dim is None else kept.sum(dim)
 
 
-def masked_mean(
-    x: Tensor, mask: Tensor, dim: int | None = None, *, count: Tensor | float | None = None
-) -> Tensor:
+def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None, *, count: Tensor | float | None = None) -> Tensor:
     """Average the entries of ``x`` that count, or divide their sum by a given ``count``.
 
     With ``count`` = the number of tokens of the whole batch, the results of its microbatches add up to the

@@ -36,9 +36,7 @@ class TokenPerplexity(Metric):
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool (True = counts), got {mask.dtype}")
         if mask.shape != log_probs.shape:
-            raise ValueError(
-                f"mask has shape {tuple(mask.shape)}, but log_probs has shape {tuple(log_probs.shape)}"
-            )
+            raise ValueError(f"mask has shape {tuple(mask.shape)}, but log_probs has shape {tuple(log_probs.shape)}")
         kept = torch.where(mask, log_probs.detach(), torch.zeros_like(log_probs))
         self.negative_log_prob = self.negative_log_prob - kept.double().sum()
         self.tokens = self.tokens + mask.sum()

@@ -101,7 +101,9 @@ class RolloutBuffer(Callback):
                     "run cannot be resumed exactly. Use every_n_epochs: one epoch is one iteration"
                 )
             if callback._save_on_train_epoch_end is False:
-                raise ValueError("ModelCheckpoint needs save_on_train_epoch_end: true (or unset) for on-policy training")
+                raise ValueError(
+                    "ModelCheckpoint needs save_on_train_epoch_end: true (or unset) for on-policy training"
+                )
             # Lightning's own guess saves after validation, inside the epoch, when validation is not run every epoch.
             callback._save_on_train_epoch_end = True
 

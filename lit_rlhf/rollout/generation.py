@@ -97,7 +97,9 @@ def generate(
     parts = []
     for start in range(0, tokens.shape[0], batch_size or tokens.shape[0]):
         rows = slice(start, start + (batch_size or tokens.shape[0]))
-        parts.append(model.generate(tokens[rows], attention_mask=attention_mask[rows].long(), generation_config=config))
+        parts.append(
+            model.generate(tokens[rows], attention_mask=attention_mask[rows].long(), generation_config=config)  # type: ignore[operator]
+        )
     width = max(part.shape[1] for part in parts)
     joined = torch.cat([nn.functional.pad(part, (0, width - part.shape[1]), value=pad_id) for part in parts])
     responses = joined[:, tokens.shape[1] :]

@@ -76,7 +76,9 @@ class FunctionReward(Reward):
         name = getattr(self.function, "__qualname__", type(self.function).__name__)
         values = list(self.function(batch.prompts, batch.responses, **batch.columns))
         if len(values) != len(batch.responses):
-            raise ValueError(f"reward function {name} returned {len(values)} numbers for {len(batch.responses)} responses")
+            raise ValueError(
+                f"reward function {name} returned {len(values)} numbers for {len(batch.responses)} responses"
+            )
         for index, value in enumerate(values):
             try:
                 finite = math.isfinite(value)

@@ -50,7 +50,18 @@ def test_sigkill_in_iteration_3_then_resume_repeats_every_number(
     def command(name: str, resume: str = "", pause: str = "") -> list[str]:
         tests = str(Path(__file__).parents[1])
         data = str(data_folder / "prompts.jsonl")
-        return [sys.executable, "-c", RUN, tests, str(tmp_path / name), data, str(hydra_checkpoint), resume, pause, layout]
+        return [
+            sys.executable,
+            "-c",
+            RUN,
+            tests,
+            str(tmp_path / name),
+            data,
+            str(hydra_checkpoint),
+            resume,
+            pause,
+            layout,
+        ]
 
     subprocess.run(command("whole"), check=True, timeout=300)
     process = subprocess.Popen(command("killed", pause="pause"))
@@ -65,7 +76,10 @@ def test_sigkill_in_iteration_3_then_resume_repeats_every_number(
     assert torch.load(checkpoint, weights_only=True)["epoch"] == 1
     subprocess.run(command("resumed", resume=str(checkpoint)), check=True, timeout=300)
 
-    whole, resumed = metrics(tmp_path / "whole" / "metrics.csv"), metrics(tmp_path / "resumed" / "metrics.csv")
+    whole, resumed = (
+        metrics(tmp_path / "whole" / "metrics.csv"),
+        metrics(tmp_path / "resumed" / "metrics.csv"),
+    )
     assert sorted(resumed) == [2, 3, 4]
     for epoch in resumed:
         assert resumed[epoch] == whole[epoch]
@@ -75,7 +89,13 @@ def test_sigkill_in_iteration_3_then_resume_repeats_every_number(
     assert ends[0]["controllers"] == ends[1]["controllers"]
 
 
-def fit(folder: Path, prompts: PromptData, epochs: int = 2, trainer_args: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+def fit(
+    folder: Path,
+    prompts: PromptData,
+    epochs: int = 2,
+    trainer_args: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
     module = make_ppo(**kwargs)
     trainer = make_trainer(folder, epochs, **(trainer_args or {}))
     trainer.fit(module, prompts)
@@ -129,7 +149,11 @@ def test_checkpoints_inside_an_iteration_are_refused(
 
 def test_a_checkpoint_with_rare_validation_still_resumes(prompts: PromptData, tmp_path: Path) -> None:
     # Lightning's own default would save after validation, inside the epoch, and skip the next rollout on resume.
-    options = {"limit_val_batches": 1.0, "check_val_every_n_epoch": 2, "callbacks": [ModelCheckpoint(tmp_path, filename="last")]}
+    options = {
+        "limit_val_batches": 1.0,
+        "check_val_every_n_epoch": 2,
+        "callbacks": [ModelCheckpoint(tmp_path, filename="last")],
+    }
     fit(tmp_path, prompts, epochs=2, trainer_args=options)
     module = make_ppo()
     trainer = make_trainer(tmp_path / "again", 3)

@@ -54,7 +54,9 @@ def test_hydra_sft_loss_is_cross_entropy_of_the_chosen_plus_gamma_preference() -
     torch.testing.assert_close(loss, language + 0.3 * preference, rtol=1e-5, atol=1e-6)
 
 
-def test_hydra_sft_runs_one_pass_and_no_language_head_work_on_the_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hydra_sft_runs_one_pass_and_no_language_head_work_on_the_rejected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     module = HydraSFT(TINY, adamw(), lora=LoraArgs(r=4))
     module.configure_model()
     passes, rows = [], []
@@ -78,7 +80,10 @@ def test_the_stages_learn_and_report_their_metrics(
     runs = {
         "sft": (SFT(TINY, lr, lora=lora), InstructionData(train=rows, validation_size=4, batch_size=4)),
         "reward": (RewardModel(TINY, lr, lora=lora), pairs),
-        "hydra": (HydraSFT(TINY, lr, gamma=1.0, lora=lora), PreferenceData(train=rows, validation_size=4, batch_size=4)),
+        "hydra": (
+            HydraSFT(TINY, lr, gamma=1.0, lora=lora),
+            PreferenceData(train=rows, validation_size=4, batch_size=4),
+        ),
     }
     seen = {}
     for name, (module, data) in runs.items():

@@ -64,7 +64,7 @@ class Batch:
 
 @pytest.fixture
 def batch():
-    """Left-padded prompts, right-padded responses of unequal length; padding is EOS, and so are some real tokens."""
+    """Left-padded prompts, right-padded responses of unequal length; EOS pads, some real tokens are EOS."""
     prompts, responses = [6, 3, 1, 4], [5, 2, 1, 4]
     width, length = max(prompts), max(responses)
     generator = torch.Generator().manual_seed(7)
@@ -187,7 +187,7 @@ def base_model(make_model, tmp_path):
 
 @pytest.fixture
 def run_stage(randomize, tmp_path):
-    """Build a backbone, train it (random updates), write the checkpoint as the LightningModule does; return both."""
+    """Build a backbone, update it at random, write the checkpoint as the LightningModule does; return both."""
 
     def run_stage(name, spec, layout, seed=1, algorithm="tests.Stage", **changes):
         backbone = randomize(build_backbone(spec, layout), seed)

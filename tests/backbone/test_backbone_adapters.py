@@ -1,4 +1,4 @@
-"""Switching LoRA sets: exact when off, flags untouched, restored on errors, seen by checkpoint recomputation."""
+"""Switching LoRA sets: exact when off, flags untouched, restored on errors, seen by recomputation."""
 
 import copy
 from contextlib import nullcontext
@@ -140,10 +140,12 @@ def test_train_keeps_eval_mode_also_through_a_parent(make_backbone):
     assert backbone.train() is backbone
 
 
-# --- gradient checkpointing ---------------------------------------------------------------------------------------
+# --- gradient checkpointing -----------------------------------------------------------
 
 CASES = [
-    (layout, family) for layout in ("hydra", "j_hydra", "full", "pe") for family in ("llama", "gpt2", "opt", "gpt_neox", "qwen3")
+    (layout, family)
+    for layout in ("hydra", "j_hydra", "full", "pe")
+    for family in ("llama", "gpt2", "opt", "gpt_neox", "qwen3")
 ]  # fmt: skip
 
 
@@ -191,7 +193,7 @@ def test_layers_are_really_recomputed(family, make_backbone, batch):
 
 
 def test_the_trap_exists_without_our_checkpoint_context(make_model, make_backbone, batch, monkeypatch):
-    """Recomputation under whichever set is on at backward: no error, wrong gradients. So the test above can fail."""
+    """Recomputation under whichever set is on at backward: no error, wrong gradients."""
     plain = make_model()
     expected = gradients(make_backbone("hydra", model=plain), batch)
     monkeypatch.setattr(AdapterSwitch, "checkpoint_context", lambda self: (nullcontext(), nullcontext()))
@@ -252,7 +254,7 @@ def test_no_dropout_under_checkpointing(family, dropouts, make_model, make_backb
         assert torch.equal(read[role], expected[role]), role
 
 
-# --- generation ---------------------------------------------------------------------------------------------------
+# --- generation -----------------------------------------------------------------------
 
 
 def greedy(model, batch, **kwargs):
@@ -263,7 +265,7 @@ def greedy(model, batch, **kwargs):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_generation_is_the_same_with_checkpointing(family, make_model, make_backbone, merged_by_hand, batch):
-    """Transformers drops the KV cache of a checkpointed layer in train mode: wrong tokens from the second on."""
+    """Transformers drops the KV cache of a checkpointed layer in train mode: wrong from token two on."""
     plain = make_model(family)
     off = make_backbone("hydra", model=plain)
     on = make_backbone("hydra", model=plain, gradient_checkpointing=True)
@@ -299,7 +301,7 @@ def test_sampling_settings_of_the_hub_do_not_leak_but_eos_is_kept(make_model, ma
         assert left.top_k != 5
 
 
-# --- LoRA settings ------------------------------------------------------------------------------------------------
+# --- LoRA settings --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -318,7 +320,7 @@ def test_lora_settings_are_validated(settings, message):
 
 
 def test_targets_that_match_nothing_are_named(make_backbone):
-    with pytest.raises(ValueError, match="no_such_layer.*not found"):
+    with pytest.raises(ValueError, match=r"no_such_layer.*not found"):
         make_backbone("hydra", lora=LoraArgs(target_modules=["no_such_layer"]))
 
 

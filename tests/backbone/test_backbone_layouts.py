@@ -88,7 +88,10 @@ def test_every_distinct_role_reads_something_of_its_own(make_backbone, batch):
         for name, parameter in backbone.named_parameters():
             if ".reward." in name and "lora_B" in name:
                 parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
-    layout = Layout({name: Role("sft", role.adapter, "lm") for name, role in backbone.layout.roles.items()}, {"sft": Trunk()})
+    layout = Layout(
+        {name: Role("sft", role.adapter, "lm") for name, role in backbone.layout.roles.items()},
+        {"sft": Trunk()},
+    )
     backbone.layout = layout
     read = backbone(ROLES, *batch)
     for first in ROLES:
@@ -117,7 +120,7 @@ def test_trainables_are_listed_by_name(name, make_backbone):
             for layer in range(LAYERS):
                 for module in LLAMA_LINEARS:
                     part = "self_attn" if module[0] in "qkvo" else "mlp"
-                    where = f"{prefix}base_model.model.model.layers.{layer}.{part if module not in ('gate_proj', 'up_proj', 'down_proj') else 'mlp'}.{module}"
+                    where = f"{prefix}base_model.model.model.layers.{layer}.{part}.{module}"
                     found |= {f"{where}.lora_{half}.{adapter}.weight" for half in "AB"}
     assert set(backbone.trainable_names) == found
     assert len(backbone.trainable_names) == len(found)
@@ -139,7 +142,9 @@ def test_role_parameters_are_what_the_role_reads(make_backbone, batch):
 def test_hydra_holds_one_trunk_two_sets_and_two_heads(make_model, make_backbone, storage_bytes):
     plain = make_model()
     trunk = storage_bytes(plain)
-    assert trunk == 4 * sum(p.numel() for p in plain.parameters()) + sum(b.untyped_storage().nbytes() for b in {b.data_ptr(): b for b in plain.buffers()}.values())
+    assert trunk == 4 * sum(p.numel() for p in plain.parameters()) + sum(
+        b.untyped_storage().nbytes() for b in {b.data_ptr(): b for b in plain.buffers()}.values()
+    )
     for r in (2, 8):
         backbone = make_backbone("hydra", model=plain, lora=LoraArgs(r=r))
         assert storage_bytes(backbone) == trunk + 2 * lora_bytes(r) + 2 * HEAD_BYTES
@@ -227,13 +232,17 @@ def test_lora_layout_without_lora_settings_says_so(make_model):
 def test_a_seventh_layout_is_one_table_entry(make_model, make_backbone, batch):
     """Two policies on one trunk, one of them read by two heads."""
     layout = Layout(
-        {"actor": Role("t", "a", "lm"), "rival": Role("t", "b", "lm"), "critic": Role("t", "a", "value")}, {"t": Trunk()}
+        {"actor": Role("t", "a", "lm"), "rival": Role("t", "b", "lm"), "critic": Role("t", "a", "value")},
+        {"t": Trunk()},
     )
     backbone = make_backbone(layout)
     read = backbone(("actor", "rival", "critic"), *batch)
     assert set(read) == {"actor", "rival", "critic"}
     assert not torch.equal(read["actor"], read["rival"])
-    assert backbone.passes(("actor", "rival", "critic")) == {("t", "a"): ["actor", "critic"], ("t", "b"): ["rival"]}
+    assert backbone.passes(("actor", "rival", "critic")) == {
+        ("t", "a"): ["actor", "critic"],
+        ("t", "b"): ["rival"],
+    }
 
 
 def test_trunks_of_a_layout_are_independent(make_model):

@@ -10,7 +10,8 @@ from lit_rlhf.backbone import LoraArgs, Role
 from lit_rlhf.backbone.language_head import LogitTransform, read_logit_transform
 
 FAMILIES = [
-    "llama", "opt", "opt_projected", "gpt2", "gpt_neox", "qwen2", "qwen3", "bloom", "falcon", "gemma2", "granite", "cohere",
+    "llama", "opt", "opt_projected", "gpt2", "gpt_neox", "qwen2", "qwen3", "bloom", "falcon",
+    "gemma2", "granite", "cohere",
 ]  # fmt: skip
 ROLES = ("actor", "critic", "reference", "reward")
 
@@ -79,7 +80,9 @@ def test_positions_outside_the_response_are_exactly_zero(make_backbone, batch):
         assert read[role][batch.mask].ne(0).all(), role
 
 
-def test_reward_is_read_at_the_first_eos_even_where_eos_pads(make_backbone, batch, read_by_hand, merged_by_hand, make_model):
+def test_reward_is_read_at_the_first_eos_even_where_eos_pads(
+    make_backbone, batch, read_by_hand, merged_by_hand, make_model
+):
     """Reading at ``ids != pad`` would take the token before EOS: another number."""
     plain = make_model()
     backbone = make_backbone("hydra", model=plain)

@@ -124,7 +124,12 @@ def test_validate_test_and_predict_run_on_a_checkpoint(
     ],
 )
 def test_a_typo_in_a_yaml_key_names_the_key(
-    path: tuple[str, ...], value: object, named: str, run_folder: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]
+    path: tuple[str, ...],
+    value: object,
+    named: str,
+    run_folder: Path,
+    data_folder: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = ppo_config(run_folder, data_folder)
     place = config
@@ -143,8 +148,14 @@ def test_wandb_offline_and_tensorboard_by_a_yaml_line(
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     loggers = [
-        {"class_path": "WandbLogger", "init_args": {"save_dir": str(run_folder), "offline": True, "project": "p"}},
-        {"class_path": "TensorBoardLogger", "init_args": {"save_dir": str(run_folder), "name": "tb", "version": ""}},
+        {
+            "class_path": "WandbLogger",
+            "init_args": {"save_dir": str(run_folder), "offline": True, "project": "p"},
+        },
+        {
+            "class_path": "TensorBoardLogger",
+            "init_args": {"save_dir": str(run_folder), "name": "tb", "version": ""},
+        },
     ]
     fit(ppo_config(run_folder, data_folder, logger=loggers), run_folder)
     import wandb

@@ -19,9 +19,7 @@ def check(tensor, expected, dtype):
 
 
 def test_pairs_chosen_rows_first_prompts_left_responses_right():
-    batch = collate_pairs(
-        [PairTokens([1, 5], [6, 2], [7, 8, 2]), PairTokens([1, 3, 4], [9, 2], [2])], pad_id=0
-    )
+    batch = collate_pairs([PairTokens([1, 5], [6, 2], [7, 8, 2]), PairTokens([1, 3, 4], [9, 2], [2])], pad_id=0)
     assert set(batch) == {"tokens", "attention_mask", "mask"}
     tokens = [
         [0, 1, 5, 6, 2, 0],
@@ -59,9 +57,7 @@ def test_prompts():
 
 def test_the_pad_id_as_a_real_token_stays_in_the_masks():
     pad = 2
-    batch = collate_instructions(
-        [InstructionTokens([2, 1], [2, 5, 2]), InstructionTokens([1], [2])], pad_id=pad
-    )
+    batch = collate_instructions([InstructionTokens([2, 1], [2, 5, 2]), InstructionTokens([1], [2])], pad_id=pad)
     check(batch["tokens"], [[2, 1, 2, 5, 2], [2, 1, 2, 2, 2]], torch.long)
     check(batch["attention_mask"], [[T, T, T, T, T], [F, T, T, F, F]], torch.bool)
     check(batch["mask"], [[T, T, T], [T, F, F]], torch.bool)

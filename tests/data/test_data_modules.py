@@ -30,9 +30,7 @@ def ids(dataset):
 
 
 def test_split_is_a_seeded_partition(source):
-    first, again, other = (
-        ready(PromptData, source, validation_size=6, split_seed=seed) for seed in (0, 0, 1)
-    )
+    first, again, other = (ready(PromptData, source, validation_size=6, split_seed=seed) for seed in (0, 0, 1))
     train, val = ids(first.train_dataset), ids(first.val_dataset)
     assert sorted(train + val) == sorted(row["id"] for row in PAIRS)
     assert len(val) == 6
@@ -243,7 +241,5 @@ def test_grouping_by_length_can_be_switched_off(write):
         data = ready(InstructionData, source, validation_size=0, batch_size=4, group_by_length=group)
         return sum(batch["tokens"].shape[1] for batch in data.train_dataloader())
 
-    assert (
-        widths(True) == sum(range(4, 41, 4)) + 10 * 3
-    )  # each batch as wide as its longest row, plus <bos> a </s>
+    assert widths(True) == sum(range(4, 41, 4)) + 10 * 3  # each batch as wide as its longest row, plus <bos> a </s>
     assert widths(False) > 1.2 * widths(True)

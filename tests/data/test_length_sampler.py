@@ -17,9 +17,7 @@ def order(epoch=0, lengths=LENGTHS, batch_size=8, **kwargs):
 
 def padding(indices, batch_size=8):
     batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    return sum(max(LENGTHS[i] for i in batch) * len(batch) for batch in batches) - sum(
-        LENGTHS[i] for i in indices
-    )
+    return sum(max(LENGTHS[i] for i in batch) * len(batch) for batch in batches) - sum(LENGTHS[i] for i in indices)
 
 
 @pytest.mark.parametrize("group", [True, False])

@@ -54,9 +54,7 @@ def test_saved_dataset_with_splits_must_name_one(tmp_path):
     assert len(rows_of(tmp_path / "set" / "train")) == 2
 
 
-@pytest.mark.parametrize(
-    ("source", "split"), [("hub:some/name", "train"), ("hub:some/name:test[:10]", "test[:10]")]
-)
+@pytest.mark.parametrize(("source", "split"), [("hub:some/name", "train"), ("hub:some/name:test[:10]", "test[:10]")])
 def test_hub(monkeypatch, source, split):
     def load(name, split):
         return [{"name": name, "split": split}]

@@ -62,17 +62,13 @@ def test_order_is_kept_when_text_and_chat_rows_alternate(tokenizer):
 def test_many_texts_take_few_tokenizer_calls(tokenizer, monkeypatch):
     calls = []
     real = type(tokenizer).__call__
-    monkeypatch.setattr(
-        type(tokenizer), "__call__", lambda self, *a, **k: calls.append(1) or real(self, *a, **k)
-    )
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda self, *a, **k: calls.append(1) or real(self, *a, **k))
     rows = [instruction("a b", "c")] * 2500
     assert len(tokenize_instructions(rows, tokenizer)) == 2500
     assert len(calls) <= 6
 
 
-@pytest.mark.parametrize(
-    ("limit", "kept"), [(4, [BOS, A, B, C]), (5, [BOS, A, B, C]), (3, [A, B, C]), (1, [C])]
-)
+@pytest.mark.parametrize(("limit", "kept"), [(4, [BOS, A, B, C]), (5, [BOS, A, B, C]), (3, [A, B, C]), (1, [C])])
 @pytest.mark.filterwarnings("ignore:Length limits")
 def test_long_prompt_keeps_its_end(tokenizer, limit, kept):
     assert one(tokenizer, "a b c", max_prompt_length=limit)[0] == kept

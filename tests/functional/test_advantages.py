@@ -37,9 +37,7 @@ def test_gae_by_hand():
     assert returns.tolist() == [[0.5625, 0.875, 1.0, 0.0]]
 
 
-@pytest.mark.parametrize(
-    ("gamma", "lam"), [(1.0, 0.95), (0.99, 0.95), (1.0, 1.0), (0.9, 0.0), (0.0, 1.0), (0.5, 0.5)]
-)
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.99, 0.95), (1.0, 1.0), (0.9, 0.0), (0.0, 1.0), (0.5, 0.5)])
 @pytest.mark.parametrize("width", [12, 13, 16, 17])
 def test_gae_against_a_loop(gamma, lam, width):
     rewards, values, mask = batch(width=width)
@@ -82,9 +80,7 @@ def test_gae_rows_are_independent_and_width_does_not_matter():
     rewards, values, mask = batch()
     whole = gae(rewards, values, mask, 1.0, 0.95)[0]
     for b, length in enumerate((7, 1, 0, 12, 4)):
-        row = gae(
-            rewards[b : b + 1, :length], values[b : b + 1, :length], mask[b : b + 1, :length], 1.0, 0.95
-        )[0]
+        row = gae(rewards[b : b + 1, :length], values[b : b + 1, :length], mask[b : b + 1, :length], 1.0, 0.95)[0]
         torch.testing.assert_close(row, whole[b : b + 1, :length])
 
 

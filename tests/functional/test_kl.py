@@ -87,9 +87,7 @@ def test_inputs_unchanged():
 
 def test_error_messages():
     log_probs, ref = pair()
-    with pytest.raises(
-        ValueError, match=r"ref_log_probs has shape \(2, 2\), but log_probs has shape \(2, 3\)"
-    ):
+    with pytest.raises(ValueError, match=r"ref_log_probs has shape \(2, 2\), but log_probs has shape \(2, 3\)"):
         kl_estimate(log_probs, ref[:, 1:], MASK)
     with pytest.raises(TypeError, match="mask must be bool"):
         kl_estimate(log_probs, ref, MASK.float())

@@ -82,14 +82,10 @@ def test_only_log_probs_used_although_entropy_was_asked_for():
 def test_matches_torch_linear_cross_entropy():
     hidden, weight, targets, bias = inputs(n=50, h=16, v=300, dtype=torch.float32)
     got = token_log_probs(hidden, weight, targets, bias=bias, chunk_size=16)[0]
-    want = -torch.nn.functional.linear_cross_entropy(
-        hidden, weight, targets, linear_bias=bias, reduction="none"
-    )
+    want = -torch.nn.functional.linear_cross_entropy(hidden, weight, targets, linear_bias=bias, reduction="none")
     torch.testing.assert_close(got, want)
     leaves = (hidden, weight, bias)
-    for a, e in zip(
-        torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(want.sum(), leaves), strict=True
-    ):
+    for a, e in zip(torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(want.sum(), leaves), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
 
 
@@ -172,9 +168,7 @@ def test_impossible_tokens_do_not_spoil_entropy_or_gradients():
 
 def test_large_logits_stay_finite():
     hidden = torch.tensor([[1e4]], requires_grad=True)
-    log_probs, entropy = token_log_probs(
-        hidden, torch.tensor([[1.0], [-1.0]]), torch.tensor([0]), with_entropy=True
-    )
+    log_probs, entropy = token_log_probs(hidden, torch.tensor([[1.0], [-1.0]]), torch.tensor([0]), with_entropy=True)
     assert log_probs.item() == entropy.item() == 0.0
 
 
@@ -197,9 +191,7 @@ def test_error_messages():
         token_log_probs(hidden, weight, targets, bias=bias[1:])
     with pytest.raises(ValueError, match=r"hidden must have 2 dimension\(s\), got shape \(1, 11, 5\)"):
         token_log_probs(hidden[None], weight, targets)
-    with pytest.raises(
-        ValueError, match=r"weight has dtype torch.bfloat16, but hidden has dtype torch.float64"
-    ):
+    with pytest.raises(ValueError, match=r"weight has dtype torch.bfloat16, but hidden has dtype torch.float64"):
         token_log_probs(hidden, weight.bfloat16(), targets)
     for name in ("softcap", "temperature", "chunk_size"):
         with pytest.raises(ValueError, match=f"{name} must be positive, got 0"):

@@ -235,9 +235,7 @@ def test_error_messages():
         clipped_value_loss(a, b, c[1:], mask)
     with pytest.raises(ValueError, match=r"clip must be positive, got -0.1"):
         clipped_value_loss(a, b, c, mask, -0.1)
-    with pytest.raises(
-        ValueError, match=r"rejected_scores has shape \(3,\), but chosen_scores has shape \(4,\)"
-    ):
+    with pytest.raises(ValueError, match=r"rejected_scores has shape \(3,\), but chosen_scores has shape \(4,\)"):
         preference_loss(a[:, 0], b[1:, 0])
     with pytest.raises(ValueError, match=r"margin has shape \(3,\), but chosen_scores has shape \(4,\)"):
         preference_loss(a[:, 0], b[:, 0], c[1:, 0])

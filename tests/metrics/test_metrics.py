@@ -109,9 +109,7 @@ def test_error_messages():
     with pytest.raises(TypeError, match="mask must be bool"):
         TokenPerplexity().update(torch.zeros(1, 3), torch.ones(1, 3))
     for kind in (PairwiseAccuracy, RewardMargin):
-        with pytest.raises(
-            ValueError, match=r"rejected_scores has shape \(2,\), but chosen_scores has shape \(3,\)"
-        ):
+        with pytest.raises(ValueError, match=r"rejected_scores has shape \(2,\), but chosen_scores has shape \(3,\)"):
             kind().update(torch.zeros(3), torch.zeros(2))
         with pytest.raises(ValueError, match=r"chosen_scores must have 1 dimension\(s\), got shape \(3, 1\)"):
             kind().update(torch.zeros(3, 1), torch.zeros(3, 1))

@@ -1,0 +1,71 @@
+"""Rewards: roles, functions, sums, and what is said about bad ones."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from lit_rlhf import FunctionReward, Reward, RoleReward, WeightedReward
+from lit_rlhf.rollout import RewardScaler, Scored
+
+BATCH = Scored(["p1", "p2"], ["r1", "r22"], {"topic": ["a", "b"]}, torch.tensor([0.5, -1.0]))
+
+
+def lengths(prompts: list[str], responses: list[str], topic: list[str]) -> Sequence[float]:
+    assert topic == ["a", "b"]
+    return [len(response) for response in responses]
+
+
+def test_role_function_and_weighted_sum() -> None:
+    assert RoleReward().score(BATCH).tolist() == [0.5, -1.0]
+    assert FunctionReward(lengths).score(BATCH).tolist() == [2.0, 3.0]
+    both = WeightedReward([RoleReward(), FunctionReward(lengths)], [2.0, 0.1])
+    torch.testing.assert_close(both.score(BATCH), torch.tensor([1.2, -1.7]))
+    assert both.needs_reward_role
+    assert not WeightedReward([FunctionReward(lengths)], [1.0]).needs_reward_role
+
+
+def test_a_users_subclass_is_a_reward() -> None:
+    class Constant(Reward):
+        def score(self, batch: Scored) -> torch.Tensor:
+            return torch.full((len(batch.responses),), 7.0)
+
+    assert Constant().score(BATCH).tolist() == [7.0, 7.0]
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1.0], "returned 1 numbers for 2 responses"),
+        ([1.0, float("nan")], "returned nan for sample 1 .*p2.*r22"),
+        ([float("inf"), 1.0], "returned inf for sample 0 .*p1.*r1"),
+        ([1.0, None], "returned None for sample 1"),
+        (["high", 1.0], "returned 'high' for sample 0"),
+    ],
+)
+def test_bad_numbers_name_the_function_and_the_sample(returned: list, message: str) -> None:
+    def judge(prompts: list[str], responses: list[str], **columns: object) -> list:
+        return returned
+
+    with pytest.raises(ValueError, match=message) as error:
+        FunctionReward(judge).score(BATCH)
+    assert "judge" in str(error.value)
+
+
+def test_errors_of_wiring() -> None:
+    with pytest.raises(ValueError, match="reward role was not run"):
+        RoleReward().score(Scored(["p"], ["r"], {}))
+    with pytest.raises(ValueError, match="2 rewards need as many weights, got 1"):
+        WeightedReward([RoleReward(), RoleReward()], [1.0])
+
+
+def test_running_scale_survives_a_checkpoint() -> None:
+    identity = torch.Tensor.clone
+    first, whole = RewardScaler("running"), RewardScaler("running")
+    parts = [torch.tensor([1.0, 5.0, 2.0]), torch.tensor([-3.0, 0.0, 8.0])]
+    first(parts[0], identity)
+    second = RewardScaler("running")
+    second.load_state_dict(first.state_dict())
+    whole(parts[0], identity)
+    assert torch.equal(second(parts[1], identity), whole(parts[1], identity))
+    torch.testing.assert_close(whole(parts[1], identity), parts[1] / torch.cat([*parts, parts[1]]).std())

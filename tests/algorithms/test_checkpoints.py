@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_ppo, make_trainer
+from helpers import make_ppo, make_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_rlhf import AdaptiveKL, FixedKL, PromptData
@@ -21,7 +21,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import lightning as L
-from conftest import make_ppo, make_trainer
+from helpers import make_ppo, make_trainer
 from lit_rlhf import AdaptiveKL, PromptData
 folder, data, policy, resume, pause = sys.argv[2:7]
 class Pause(L.Callback):

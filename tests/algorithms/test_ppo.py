@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from conftest import TINY, adamw, count_e, make_ppo, make_trainer
+from helpers import TINY, adamw, count_e, make_ppo, make_trainer
 from torch import Tensor
 
 from lit_rlhf import PPO, AdaptiveKL, Experience, FixedKL, FunctionReward, LoraArgs, PromptData, Sampling

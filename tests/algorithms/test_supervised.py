@@ -6,7 +6,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from conftest import TINY, adamw, make_trainer
+from helpers import TINY, adamw, make_trainer
 from torch.nn import functional as F
 
 from lit_rlhf import SFT, HydraSFT, InstructionData, LoraArgs, PreferenceData, RewardModel

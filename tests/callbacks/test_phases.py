@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_ppo, make_trainer
+from helpers import make_ppo, make_trainer
 
 from lit_rlhf import FunctionReward, PromptData
 from lit_rlhf.callbacks import IterationProgress, PhaseListener

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import write_jsonl
+from helpers import write_jsonl
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

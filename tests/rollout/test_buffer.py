@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from conftest import make_ppo, make_trainer
+from helpers import make_ppo, make_trainer
 
 from lit_rlhf import Experience, InstructionData, PromptData, RolloutBuffer
 from lit_rlhf.rollout.buffer import iteration_seed
@@ -53,7 +53,7 @@ def test_prompts_cover_the_data_before_any_comes_again_and_ranks_are_disjoint(wo
         buffer.setup(trainer, None, "fit")  # type: ignore[arg-type]
         drawn.append([i for iteration in range(12 // (3 * world)) for i in buffer.prompt_indices(iteration)])
         assert buffer.prompt_indices(0) != buffer.prompt_indices(12 // (3 * world))
-    assert sorted(sum(drawn, [])) == list(range(12))
+    assert sorted(i for indices in drawn for i in indices) == list(range(12))
 
 
 def test_too_few_prompts_and_the_wrong_data_are_clear_errors(data_folder: Path, tmp_path: Path) -> None:

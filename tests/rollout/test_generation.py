@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY
+from helpers import TINY
 
 from lit_rlhf.backbone import load_language_model
 from lit_rlhf.rollout import Experience, Sampling, generate
@@ -52,7 +52,9 @@ def test_greedy_does_not_depend_on_padding_or_batching() -> None:
         alone = tokens[row][attention[row]][None]
         single = generate(model, alone, torch.ones_like(alone).bool(), settings, PAD, EOS, greedy=True)
         length = int(single.mask.sum())
-        assert together.tokens[row, 4 : 4 + length].tolist() == single.tokens[0, -single.mask.shape[1] :][:length].tolist()
+        assert (
+            together.tokens[row, 4 : 4 + length].tolist() == single.tokens[0, -single.mask.shape[1] :][:length].tolist()
+        )
 
 
 def test_sampling_draws_from_the_policy_itself() -> None:

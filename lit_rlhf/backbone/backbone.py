@@ -237,12 +237,14 @@ class Backbone(nn.Module):
 
 
 def scalar_head(width: int) -> nn.Linear:
-    """Return a float32 head ``[.., H] -> [.., 1]``, the same in every call (zero-mean, variance 1/(H+1))."""
+    """Return a float32 head ``[.., H] -> [.., 1]`` that starts at zero.
+
+    Hidden states of different families differ in scale by orders of magnitude; from zero, the preference loss starts
+    at log 2 on all of them.
+    """
     head = nn.Linear(width, 1, dtype=torch.float32, device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        head.weight.copy_(torch.randn(1, width, generator=generator, device="cpu") / (width + 1) ** 0.5)
-        head.bias.zero_()
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
     return head
 
 
@@ -340,8 +342,6 @@ def _start_heads(backbone: Backbone, spec: BackboneSpec) -> None:
     if reward is not None:
         for head in backbone.heads.values():
             head.load_state_dict(reward)
-    elif "value" in backbone.heads:
-        nn.init.zeros_(backbone.heads["value"].weight)  # type: ignore[arg-type]
 
 
 def _loaded_sets(spec: BackboneSpec, layout: Layout) -> dict[str, LoraSet]:

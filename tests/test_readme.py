@@ -30,7 +30,11 @@ def test_the_algorithm_in_40_lines_trains(prompts: PromptData, tmp_path: Path, m
     from lit_rlhf import FunctionReward, Sampling
 
     module = my_algorithms.Reinforce(
-        TINY, adamw(1e-2), reward=FunctionReward(count_e), rollout_size=8, sampling=Sampling(max_new_tokens=6)
+        model=TINY,
+        optimizer=adamw(1e-2),
+        reward=FunctionReward(count_e),
+        rollout_size=8,
+        sampling=Sampling(max_new_tokens=6),
     )
     trainer = make_trainer(tmp_path, 2)
     trainer.fit(module, prompts)

@@ -40,8 +40,11 @@ def write_stages(model: str, folder: Path) -> None:
     """Write an untrained Hydra-SFT checkpoint and an untrained LoRA reward model on top of it."""
     policy = str(folder / "hydra_sft.ckpt")
     for path, module in (
-        (policy, HydraSFT(model, adamw, lora=LoraArgs())),
-        (str(folder / "reward.ckpt"), RewardModel(model, adamw, lora=LoraArgs(), policy_checkpoint=policy)),
+        (policy, HydraSFT(model=model, optimizer=adamw, lora=LoraArgs())),
+        (
+            str(folder / "reward.ckpt"),
+            RewardModel(model=model, optimizer=adamw, lora=LoraArgs(), policy_checkpoint=policy),
+        ),
     ):
         module.configure_model()
         trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
@@ -69,7 +72,7 @@ def run_one(layout: str, model: str, folder: Path, iterations: int) -> dict[str,
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"{PROMPT}"}) + "\n" for _ in range(BATCH)))
     module = PPO(
-        model, adamw, layout=layout, lora=LoraArgs(), policy_checkpoint=str(folder / "hydra_sft.ckpt"),
+        model=model, optimizer=adamw, layout=layout, lora=LoraArgs(), policy_checkpoint=str(folder / "hydra_sft.ckpt"),
         reward_checkpoint=str(folder / "reward.ckpt") if layout == "pe" else None,
         sampling=Sampling(max_new_tokens=32, min_new_tokens=32), rollout_size=BATCH, minibatch_size=BATCH,
     )  # fmt: skip

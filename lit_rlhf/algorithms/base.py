@@ -17,6 +17,7 @@ from lit_rlhf.backbone import (
     LoraArgs,
     build_backbone,
     check_artefacts,
+    fingerprint_parents,
     load_tokenizer,
     make_record,
 )
@@ -38,6 +39,7 @@ class BackboneModule(L.LightningModule):
     """
 
     lr_interval: ClassVar[str] = "step"
+    progress_metrics: ClassVar[frozenset[str]] = frozenset({"train/loss"})
 
     def __init__(
         self,
@@ -61,6 +63,18 @@ class BackboneModule(L.LightningModule):
         self.temperature = 1.0
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._eos_ids: list[int] = []
+
+    def setup(self, stage: str) -> None:
+        """Refuse the one precision that would cast LoRA sets, heads and Adam's moments along with the trunk.
+
+        Raises:
+            ValueError: The trainer's precision is ``bf16-true`` or ``16-true``.
+        """
+        if str(self.trainer.precision) in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"precision {self.trainer.precision} would cast LoRA sets, heads and optimizer state too. Use "
+                "trainer.precision: 32-true with model.dtype: bfloat16: only the trunk is stored in 16 bits"
+            )
 
     def make_layout(self) -> Layout:
         """Return the layout of this run; the one thing a new kind of stage has to say about its model."""
@@ -89,6 +103,7 @@ class BackboneModule(L.LightningModule):
             return
         layout = self.make_layout()
         check_artefacts(self.spec, layout)
+        self.spec.fingerprints = fingerprint_parents(self.spec)
         self.backbone = build_backbone(self.spec, layout, self.gradient_checkpointing, self.temperature)
         self._eos_ids = sorted({int(self.tokenizer.eos_token_id), *self.backbone.eos_token_ids})
 
@@ -102,7 +117,13 @@ class BackboneModule(L.LightningModule):
         optimizer = self.optimizer(self.parameter_groups())
         if self.lr_scheduler is None:
             return optimizer
-        schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": self.lr_interval}
+        scheduler = self.lr_scheduler(optimizer)
+        # Only ReduceLROnPlateau has a monitor.
+        schedule = {
+            "scheduler": scheduler,
+            "interval": self.lr_interval,
+            "monitor": getattr(scheduler, "monitor", None),
+        }
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -140,8 +161,10 @@ class BackboneModule(L.LightningModule):
                 raise ValueError(f"cannot resume: {key} was {saved['spec'][key]!r} and is now {value!r}")
 
     def log_all(self, prefix: str, values: Mapping[str, Tensor | float], **kwargs: Any) -> None:
-        """Log values under ``prefix/``."""
-        self.log_dict({f"{prefix}/{name}": value for name, value in values.items()}, **kwargs)
+        """Log values under ``prefix/``; those in ``progress_metrics`` also in the progress bar."""
+        for name, value in values.items():
+            key = f"{prefix}/{name}"
+            self.log(key, value, prog_bar=key in self.progress_metrics, **kwargs)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all ranks (without a trainer: itself)."""

@@ -1,16 +1,16 @@
 """The base of on-policy algorithms: rollout, estimate, loss, in this order."""
 
+import os
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from lit_rlhf.algorithms.base import BackboneModule
 from lit_rlhf.backbone import LAYOUTS, Layout, LoraArgs
 from lit_rlhf.callbacks import PhaseTimer, SampleTable, TrainingPhase, phase
-from lit_rlhf.functional import FixedKL, KLController, KLEstimator, kl_estimate, masked_sum
+from lit_rlhf.functional import AdaptiveKL, FixedKL, KLController, KLEstimator, kl_estimate, masked_sum
 from lit_rlhf.rollout import (
     Experience,
     Reward,
@@ -32,8 +32,6 @@ class OnPolicyModule(BackboneModule):
     advantages) and :meth:`loss`. It runs on every layout.
 
     Args:
-        model: See :class:`BackboneModule`.
-        optimizer: See :class:`BackboneModule`.
         layout: Which trunk, LoRA set and head each role reads: ``full``, ``lora``, ``dynamic_lora``, ``pe``,
             ``j_hydra`` or ``hydra``.
         lora: The trained LoRA sets; None is ``LoraArgs()``. Not used by ``full``, which trains whole trunks.
@@ -50,17 +48,17 @@ class OnPolicyModule(BackboneModule):
         reward_scaling: ``batch`` whitens the scores of each rollout, ``running`` divides by their deviation so far.
         missing_eos_penalty: Subtracted from the score of a response that hit the length limit.
         log_samples: Sample responses to log each iteration.
-        seed: Base seed of the rollouts; every iteration reseeds from (seed, iteration, rank).
+        seed: Base seed of the rollouts; every iteration reseeds from (seed, iteration, rank). None takes the seed of
+            ``seed_everything``, or 0.
         **kwargs: See :class:`BackboneModule`.
     """
 
     lr_interval: ClassVar[str] = "epoch"
+    progress_metrics: ClassVar[frozenset[str]] = frozenset({"rollout/score", "rollout/kl", "train/value_loss"})
     roles: ClassVar[tuple[str, ...]] = ("actor", "reference")
 
     def __init__(
         self,
-        model: str,
-        optimizer: OptimizerCallable,
         layout: str = "hydra",
         lora: LoraArgs | None = None,
         reward_checkpoint: str | None = None,
@@ -76,11 +74,11 @@ class OnPolicyModule(BackboneModule):
         reward_scaling: RewardScaling = "none",
         missing_eos_penalty: float = 0.0,
         log_samples: int = 8,
-        seed: int = 0,
+        seed: int | None = None,
         **kwargs: Any,
     ) -> None:
         # `full` ignores LoRA settings rather than refusing them, so that changing the layout is a one-line change.
-        super().__init__(model, optimizer, lora=None if layout == "full" else lora or LoraArgs(), **kwargs)
+        super().__init__(lora=None if layout == "full" else lora or LoraArgs(), **kwargs)
         self.spec.reward_checkpoint = reward_checkpoint
         self.layout = layout
         self.reward = reward or RoleReward()
@@ -98,7 +96,8 @@ class OnPolicyModule(BackboneModule):
         self.log_samples = log_samples
         if problems := self.problems():
             raise ValueError("invalid configuration:\n" + "\n".join(f"  - {problem}" for problem in problems))
-        self.rollout_buffer = RolloutBuffer(rollout_size, minibatch_size, inner_epochs, seed)
+        base_seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+        self.rollout_buffer = RolloutBuffer(rollout_size, minibatch_size, inner_epochs, base_seed)
 
     def problems(self) -> list[str]:
         """Return everything wrong with the settings, one line each; subclasses add their own."""
@@ -110,6 +109,8 @@ class OnPolicyModule(BackboneModule):
                 found.append(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.minibatch_size > 0 and self.rollout_size % self.minibatch_size:
             found.append(f"rollout_size {self.rollout_size} must be a multiple of minibatch_size {self.minibatch_size}")
+        if isinstance(self.kl, AdaptiveKL) and self.rollout_size >= 5 * self.kl.horizon:
+            found.append(f"kl.horizon {self.kl.horizon:g} must be above a fifth of rollout_size {self.rollout_size}")
         if self.score_clip is not None and self.score_clip <= 0:
             found.append(f"score_clip must be positive, got {self.score_clip}")
         return found
@@ -198,13 +199,17 @@ class OnPolicyModule(BackboneModule):
         return kl_estimate(log_probs, reference, experience.mask, self.kl_estimator)
 
     def rollout_metrics(self, experience: Experience) -> dict[str, Tensor | float]:
-        """Return the rollout's means over all ranks; ``kl`` is the sum over a response's tokens (k1)."""
+        """Return the rollout's means over all ranks.
+
+        ``kl`` is the sum over a response's tokens (k1), ``kl_penalty`` the same by the chosen estimator.
+        """
         log_probs, mask = experience.require("log_probs"), experience.mask
         kl = kl_estimate(log_probs, experience.require("ref_log_probs"), mask, "k1")
         length = mask.sum(dim=1).float()
         columns = {
             "score": experience.require("scores"),
             "kl": masked_sum(kl, mask, dim=1),
+            "kl_penalty": masked_sum(self.kl_penalty(experience), mask, dim=1),
             "response_length": length,
             "truncated": experience.truncated.float(),
             "entropy": -masked_sum(log_probs, mask, dim=1) / length.clamp_min(1.0),
@@ -223,7 +228,7 @@ class OnPolicyModule(BackboneModule):
     def training_step(self, batch: Experience, batch_idx: int) -> Tensor:
         """Return the minibatch's loss; Lightning does backward, clipping and the step."""
         loss = self.loss(batch)
-        self.log("train/loss", loss.detach(), batch_size=len(batch), on_step=False, on_epoch=True)
+        self.log("train/loss", loss.detach(), batch_size=len(batch), on_step=False, on_epoch=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar
 
-from lightning.pytorch.cli import OptimizerCallable
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -30,8 +30,6 @@ class PPO(OnPolicyModule):
         loss      clipped policy loss + value_coef * clipped value loss - entropy_coef * entropy
 
     Args:
-        model: See :class:`BackboneModule`.
-        optimizer: See :class:`BackboneModule`.
         gamma: Discount.
         gae_lambda: GAE's lambda.
         clip: Range of the policy ratio.
@@ -49,8 +47,6 @@ class PPO(OnPolicyModule):
 
     def __init__(
         self,
-        model: str,
-        optimizer: OptimizerCallable,
         gamma: float = 1.0,
         gae_lambda: float = 0.95,
         clip: float = 0.2,
@@ -71,8 +67,8 @@ class PPO(OnPolicyModule):
         self.critic_lr = critic_lr
         self.target_kl = target_kl
         self.critic_warmup_iterations = critic_warmup_iterations
-        self._skip_rest = False
-        super().__init__(model, optimizer, **kwargs)
+        self._skip_rest = self._skipping = False
+        super().__init__(**kwargs)
 
     def problems(self) -> list[str]:
         """Add PPO's own settings."""
@@ -116,7 +112,7 @@ class PPO(OnPolicyModule):
             **policy_stats,
             **value_stats,
         }
-        self.log_all("train", stats, batch_size=len(b), on_step=False, on_epoch=True)
+        self.log_all("train", stats, batch_size=len(b), on_step=False, on_epoch=True, sync_dist=True)
         self._watch_kl(policy_stats["approx_kl"])
         return loss
 
@@ -129,9 +125,15 @@ class PPO(OnPolicyModule):
         """Begin the iteration with every minibatch wanted."""
         self._skip_rest = False
 
-    def on_train_batch_start(self, batch: Experience, batch_idx: int) -> int | None:
-        """Skip the rest of the iteration (Lightning's -1) once the KL target was passed; equal on all ranks."""
-        return -1 if self._skip_rest else None
+    def training_step(self, batch: Experience, batch_idx: int) -> Tensor:
+        """Once the KL target was passed, skip the iteration's other minibatches: no pass, and no optimizer step.
+
+        Lightning's own way to skip (returning -1 or None) would drop the epoch's validation, or fail under DDP.
+        """
+        self._skipping = self._skip_rest
+        if not self._skipping:
+            return super().training_step(batch, batch_idx)
+        return torch.stack([p.sum() for p in self.backbone.parameters() if p.requires_grad]).sum() * 0.0
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return two groups: the actor's parameters, and those only the critic reads."""
@@ -143,7 +145,14 @@ class PPO(OnPolicyModule):
         return [{"params": list(actor.values())}, critic]
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """During the critic's warm-up, leave the actor without gradients: no step, no decay, no momentum."""
-        if self.current_epoch < self.critic_warmup_iterations:
-            for parameter in optimizer.param_groups[0]["params"]:
+        """Leave parameters without gradients where nothing may move them: no step, no decay, no momentum.
+
+        These are the actor's during the critic's warm-up, and all once the KL target was passed.
+        """
+        if self._skipping:
+            frozen = optimizer.param_groups
+        else:
+            frozen = optimizer.param_groups[: int(self.current_epoch < self.critic_warmup_iterations)]
+        for group in frozen:
+            for parameter in group["params"]:
                 parameter.grad = None

@@ -2,14 +2,13 @@
 
 from typing import Any, ClassVar
 
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torchmetrics import Metric
 
 from lit_rlhf.algorithms.base import BackboneModule
 from lit_rlhf.backbone import Layout, supervised_layout
 from lit_rlhf.backbone.roles import HeadName
-from lit_rlhf.functional import cross_entropy, preference_loss
+from lit_rlhf.functional import cross_entropy, masked_mean, preference_loss
 from lit_rlhf.metrics import PairwiseAccuracy, RewardMargin, TokenPerplexity
 
 Batch = dict[str, Tensor]
@@ -19,15 +18,13 @@ class SupervisedModule(BackboneModule):
     """Base of the supervised stages; a subclass names its heads and defines :meth:`losses`.
 
     Args:
-        model: See :class:`BackboneModule`.
-        optimizer: See :class:`BackboneModule`.
         **kwargs: See :class:`BackboneModule`.
     """
 
     heads: ClassVar[dict[str, HeadName]] = {}
 
-    def __init__(self, model: str, optimizer: OptimizerCallable, **kwargs: Any) -> None:
-        super().__init__(model, optimizer, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.metrics: dict[str, Metric] = self.make_metrics()
         for name, metric in self.metrics.items():
             # Registered one by one: Lightning moves and resets metrics that are attributes.
@@ -54,7 +51,7 @@ class SupervisedModule(BackboneModule):
         """Return the loss of one batch."""
         loss, parts, _ = self.losses(batch)
         values = {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
-        self.log_all("train", values, batch_size=len(batch["mask"]), prog_bar=True)
+        self.log_all("train", values, batch_size=len(batch["mask"]))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -72,17 +69,20 @@ class SupervisedModule(BackboneModule):
             self.metrics[name].update(*arguments)
             self.log(f"{prefix}/{name}", self.metrics[name], prog_bar=True)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Return what each head says of each sequence."""
-        return self.read(batch)
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, float]]:
+        """Return what each head says of each sequence: a score, or the mean log-prob of a response token."""
+        columns = {
+            role: value if value.dim() == 1 else masked_mean(value, batch["mask"], dim=1)
+            for role, value in self.read(batch).items()
+        }
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 class SFT(SupervisedModule):
     """Supervised fine-tuning: cross-entropy over response tokens, prompt tokens masked.
 
     Args:
-        model: See :class:`BackboneModule`.
-        optimizer: See :class:`BackboneModule`.
         **kwargs: See :class:`BackboneModule`.
     """
 
@@ -105,8 +105,6 @@ class RewardModel(SupervisedModule):
     whole trunk is trained.
 
     Args:
-        model: See :class:`BackboneModule`.
-        optimizer: See :class:`BackboneModule`.
         **kwargs: See :class:`BackboneModule`.
     """
 
@@ -131,18 +129,16 @@ class HydraSFT(SupervisedModule):
              responses cost no language-model head work.
 
     Args:
-        model: See :class:`BackboneModule`.
-        optimizer: See :class:`BackboneModule`.
         gamma: Weight of the preference loss.
         **kwargs: See :class:`BackboneModule`.
     """
 
     heads: ClassVar[dict[str, HeadName]] = {"actor": "lm", "reward": "reward"}
 
-    def __init__(self, model: str, optimizer: OptimizerCallable, gamma: float = 0.1, **kwargs: Any) -> None:
+    def __init__(self, gamma: float = 0.1, **kwargs: Any) -> None:
         if gamma < 0:
             raise ValueError(f"gamma must not be negative, got {gamma}")
-        super().__init__(model, optimizer, **kwargs)
+        super().__init__(**kwargs)
         self.gamma = gamma
 
     def make_metrics(self) -> dict[str, Metric]:

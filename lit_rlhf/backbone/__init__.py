@@ -10,6 +10,7 @@ from lit_rlhf.backbone.stages import (
     RoleModel,
     StageCheckpoint,
     check_artefacts,
+    fingerprint_parents,
     make_record,
 )
 
@@ -28,6 +29,7 @@ __all__ = [
     "Trunk",
     "build_backbone",
     "check_artefacts",
+    "fingerprint_parents",
     "load_language_model",
     "load_tokenizer",
     "make_record",

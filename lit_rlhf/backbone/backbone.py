@@ -212,7 +212,9 @@ class Backbone(nn.Module):
         return results
 
     def _scalar(self, head: HeadName, hidden: Tensor) -> Tensor:
-        return self.heads[head](hidden.float()).squeeze(-1)
+        # Values and scores are float32 under autocast too.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.heads[head](hidden.float()).squeeze(-1)
 
     def _hidden(self, trunk: str, adapter: str | None, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         attention_mask = attention_mask.long()

@@ -109,7 +109,10 @@ def load_language_model(name: str, dtype: DType = "float32") -> PreTrainedModel:
         return model.eval()
     if source.gguf_file and importlib.util.find_spec("gguf") is None:
         raise ImportError(f"model {name!r} is a GGUF file; reading it needs: pip install gguf")
-    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch_dtype, **source._gguf)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch_dtype, **source._gguf)
+    except OSError as error:
+        raise OSError(f"model {name!r} could not be loaded: {error}") from error
     if source.gguf_file:
         # The weights are plain now; a saved copy must not claim to be quantised.
         model.config.__dict__.pop("quantization_config", None)
@@ -124,7 +127,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         ValueError: The tokenizer has no EOS token, so no response could ever end.
     """
     source = resolve_source(name)
-    tokenizer = AutoTokenizer.from_pretrained(source.path, **source._gguf)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **source._gguf)
+    except OSError as error:
+        raise OSError(f"tokenizer of {name!r} could not be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer of {name!r} has no EOS token; responses could not end. Set one in its files")
     if tokenizer.pad_token_id is None:

@@ -4,7 +4,8 @@ A stage checkpoint holds only what was trained. The frozen rest is found again t
 checkpoint carries: the base model's name and the checkpoints the stage itself started from.
 """
 
-from dataclasses import asdict, dataclass, replace
+import hashlib
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class BackboneSpec:
         lora: The trained LoRA sets; None where trunks are fully trained.
         policy_checkpoint: Stage checkpoint (SFT, Hydra-SFT, an earlier PPO) the policy trunks start from.
         reward_checkpoint: Reward-model checkpoint; None means the policy checkpoint's own reward head.
+        fingerprints: What these checkpoints held when the stage started from them, by absolute path.
     """
 
     model: str
@@ -40,6 +42,25 @@ class BackboneSpec:
     lora: LoraArgs | None = None
     policy_checkpoint: str | None = None
     reward_checkpoint: str | None = None
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+    def parent(self, artefact: ArtefactName) -> "StageCheckpoint | None":
+        """Read the checkpoint that this artefact comes from; None is the base model.
+
+        Raises:
+            ValueError: The file was replaced by another since this stage started from it.
+        """
+        path = self.checkpoint_of(artefact)
+        if path is None:
+            return None
+        stage = StageCheckpoint.read(path)
+        expected = self.fingerprints.get(str(Path(path).resolve()))
+        if expected is not None and stage.fingerprint() != expected:
+            raise ValueError(
+                f"checkpoint {path} was replaced after a later stage was trained on it; that stage's weights mean "
+                "nothing on the new file. Restore the old one, or train the later stage again"
+            )
+        return stage
 
     def checkpoint_of(self, artefact: ArtefactName) -> str | None:
         """Return the checkpoint that trunks of this artefact start from; None is the base model."""
@@ -209,6 +230,14 @@ class StageCheckpoint:
         spec = BackboneSpec(lora=LoraArgs(**lora) if lora else None, **plain)
         return cls(Path(path), spec, layout, content["state_dict"])
 
+    def fingerprint(self) -> str:
+        """Return a hash of the trained tensors."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state.items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
     def _role(self, role: str) -> Role:
         if role not in self.layout.roles:
             raise ValueError(f"checkpoint {self.path} holds the roles {sorted(self.layout.roles)}, not {role!r}")
@@ -223,8 +252,9 @@ class StageCheckpoint:
         where = self._role(role)
         if where.adapter is None:
             return None
-        if where.adapter in self.layout.loaded_adapters and self.spec.reward_checkpoint is not None:
-            return StageCheckpoint.read(self.spec.reward_checkpoint).lora_set("reward")
+        if where.adapter in self.layout.loaded_adapters:
+            parent = self.spec.parent("reward")
+            return None if parent is None else parent.lora_set("reward")
         if self.spec.lora is None:
             return None
         prefix, middle = f"backbone.trunks.{where.trunk}.", f".{where.adapter}.weight"
@@ -262,8 +292,8 @@ class StageCheckpoint:
         own = {k.removeprefix(prefix): v for k, v in self.state.items() if k.startswith(prefix)}
         if own:
             return own
-        parent = self.spec.checkpoint_of("reward")
-        return None if parent is None else StageCheckpoint.read(parent).head_state(head)
+        parent = self.spec.parent("reward")
+        return None if parent is None else parent.head_state(head)
 
 
 def starting_model(spec: BackboneSpec, artefact: ArtefactName) -> RoleModel:
@@ -272,14 +302,21 @@ def starting_model(spec: BackboneSpec, artefact: ArtefactName) -> RoleModel:
     Raises:
         ValueError: The checkpoint was trained from another base model than ``spec.model``.
     """
-    path = spec.checkpoint_of(artefact)
-    if path is None:
+    stage = spec.parent(artefact)
+    if stage is None:
         return RoleModel(load_language_model(spec.model, spec.dtype), [])
-    stage = StageCheckpoint.read(path)
     if stage.spec.model != spec.model:
-        raise ValueError(f"checkpoint {path} was trained from model {stage.spec.model!r}, but model is {spec.model!r}")
+        raise ValueError(
+            f"checkpoint {stage.path} was trained from model {stage.spec.model!r}, but model is {spec.model!r}"
+        )
     role = "reward" if artefact == "reward" and "reward" in stage.layout.roles else "actor"
     return stage.role_model(role, spec.dtype)
+
+
+def fingerprint_parents(spec: BackboneSpec) -> dict[str, str]:
+    """Return the fingerprints of the checkpoints that a stage starts from, by absolute path."""
+    paths = {path for path in (spec.policy_checkpoint, spec.reward_checkpoint) if path}
+    return {str(Path(path).resolve()): StageCheckpoint.read(path).fingerprint() for path in sorted(paths)}
 
 
 def check_artefacts(spec: BackboneSpec, layout: Layout) -> None:
@@ -317,7 +354,8 @@ def _check_reward_trunk(spec: BackboneSpec, layout: Layout, stage: StageCheckpoi
     if fits and where.adapter is None and layout.trunks[where.trunk].artefact == "policy":
         # The role reads what the policy starts from, so one stage must have trained both in one pass.
         passes = {(role.trunk, role.adapter) for name, role in roles.items() if name in ("actor", "reward")}
-        fits = spec.policy_checkpoint == spec.checkpoint_of("reward") and "actor" in roles and len(passes) == 1
+        paths = {Path(path).resolve() for path in (spec.policy_checkpoint, spec.checkpoint_of("reward")) if path}
+        fits = spec.policy_checkpoint is not None and len(paths) == 1 and "actor" in roles and len(passes) == 1
     if not fits:
         raise ValueError(
             f"the reward head of {stage.path} was trained on another trunk than the one this layout "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 def generate(
     source: str,
-    prompt: list[str] | None = None,
+    prompt: str | list[str] | None = None,
     prompts: str | None = None,
     chat: bool = False,
     role: str = "actor",
@@ -24,7 +24,7 @@ def generate(
 
     Args:
         source: A ``.ckpt`` file, a folder written by ``lit-rlhf export``, or a model name.
-        prompt: Prompt texts.
+        prompt: Prompt text; give several with ``--prompt+``.
         prompts: A JSONL file (plain or .gz) with a ``prompt`` field, text or chat messages.
         chat: Put each prompt text into the tokenizer's chat template as a user message.
         role: The role to read from a checkpoint.
@@ -41,13 +41,15 @@ def generate(
     from lit_rlhf.commands.inference import complete, load_source
     from lit_rlhf.rollout import Sampling
 
-    texts = list(prompt or []) + (_read_prompts(prompts) if prompts else [])
+    texts = ([prompt] if isinstance(prompt, str) else list(prompt or [])) + (_read_prompts(prompts) if prompts else [])
     if not texts:
-        raise ValueError("give --prompt TEXT (repeat with +) or --prompts FILE")
+        raise ValueError("give --prompt TEXT or --prompts FILE")
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     if problems := sampling.problems():
         raise ValueError("; ".join(problems))
     model, tokenizer = load_source(source, role)
+    if torch.cuda.is_available():
+        model.to("cuda")  # type: ignore[arg-type]
     torch.manual_seed(seed)
     as_chat = [[{"role": "user", "content": t}] if chat and isinstance(t, str) else t for t in texts]
     responses = complete(model, tokenizer, as_chat, sampling, greedy, batch_size)

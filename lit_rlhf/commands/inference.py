@@ -1,5 +1,6 @@
 """Loading a checkpoint, an exported folder or a model for inference, and completing prompts with it."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.backbone import StageCheckpoint, load_language_model, load_tokenizer
-from lit_rlhf.data import Prompt, collate_prompts, tokenize_prompts
+from lit_rlhf.data import Prompt, TokenizeOptions, collate_prompts, tokenize_prompts
 from lit_rlhf.rollout import Sampling, generate
 
 
@@ -66,7 +67,7 @@ def complete(
         batch_size: Prompts decoded at once.
     """
     records = [Prompt(prompt, {}, f"prompt {index + 1}") for index, prompt in enumerate(prompts)]
-    examples = tokenize_prompts(records, tokenizer)
+    examples = tokenize_prompts(records, tokenizer, TokenizeOptions(max_prompt_length=sys.maxsize))
     batch = collate_prompts(examples, int(tokenizer.pad_token_id))
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     listed = configured if isinstance(configured, list) else [configured]
@@ -74,8 +75,8 @@ def complete(
     pad_id = int(tokenizer.pad_token_id)
     done = generate(
         model,
-        batch["tokens"],
-        batch["attention_mask"],
+        batch["tokens"].to(model.device),
+        batch["attention_mask"].to(model.device),
         sampling,
         pad_id,
         eos_ids,

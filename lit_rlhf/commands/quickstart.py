@@ -165,6 +165,7 @@ def _trainer(folder: Path, name: str, epochs: int, callbacks: list[L.Callback], 
         max_epochs=epochs,
         logger=CSVLogger(folder, name=name, version=""),
         callbacks=[*report.progress(), *callbacks],
+        enable_progress_bar=report.CONSOLE.is_terminal,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         log_every_n_steps=10,
@@ -183,8 +184,8 @@ def train_hydra_sft(plan: Plan, folder: Path, seed: int) -> tuple[Path, float]:
         append_eos=False,
     )
     module = HydraSFT(
-        plan.model,
-        lambda parameters: torch.optim.AdamW(parameters, lr=plan.sft_lr, weight_decay=0.0),
+        model=plan.model,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=plan.sft_lr, weight_decay=0.0),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, plan.sft_steps),
         gamma=plan.gamma,
         lora=plan.sft_lora,
@@ -226,8 +227,8 @@ def make_ppo(
         train=str(DATA / "prompts_train.jsonl"), validation=str(DATA / "prompts_heldout.jsonl"), batch_size=64
     )
     module = PPO(
-        plan.model,
-        lambda groups: torch.optim.AdamW(groups, lr=plan.ppo_lr, weight_decay=0.0),
+        model=plan.model,
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=plan.ppo_lr, weight_decay=0.0),
         layout="hydra",
         lora=LoraArgs(r=16, alpha=32),
         policy_checkpoint=str(sft_checkpoint),

@@ -14,6 +14,6 @@ def run(function: Callable[..., Any], argv: list[str], name: str) -> None:
     arguments = parser.parse_args(argv)
     try:
         function(**arguments.as_dict())
-    except (FileNotFoundError, FileExistsError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError) as error:
         print(f"lit-rlhf {name}: {error}", file=sys.stderr)
         raise SystemExit(1) from error

@@ -7,13 +7,13 @@ from typing import Any
 import lightning as L
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 import lit_rlhf.algorithms
 import lit_rlhf.data
 import lit_rlhf.rollout  # noqa: F401  (short class names work for imported classes)
 from lit_rlhf.algorithms import BackboneModule
-from lit_rlhf.callbacks import IterationProgress
+from lit_rlhf.callbacks import IterationProgress, PredictionWriter
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "logger": {
@@ -45,10 +45,6 @@ def _plain(value: Any) -> Any:
 class CLI(LightningCLI):
     """LightningCLI for on-policy training."""
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Give rollouts the run's one seed."""
-        parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
-
     def _parse_ckpt_path(self) -> None:
         # Lightning would merge the checkpoint's hyper-parameters over the command line.
         # BackboneModule.on_load_checkpoint compares them instead.
@@ -59,20 +55,23 @@ class CLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         config = self._get(self.config_init, "trainer", default={})
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        given = config.get("callbacks") or []
         named = [
             str(c.get("class_path", "")) if hasattr(c, "get") else type(c).__name__
-            for c in config.get("callbacks") or []
+            for c in (given if isinstance(given, list) else [given])
         ]
         if config.get("enable_progress_bar") is not False and not any("ProgressBar" in name for name in named):
             callbacks[:] = [c for c in callbacks if not isinstance(c, ProgressBar)] + [IterationProgress()]
         default = [c for c in callbacks if type(c) is ModelCheckpoint]
         if default and not any(name.endswith("ModelCheckpoint") for name in named):
-            callbacks[callbacks.index(default[0])] = ModelCheckpoint(save_last=True)
+            # One file, replaced when complete: the next stage and a resumed run find it by its name.
+            callbacks[callbacks.index(default[0])] = ModelCheckpoint(filename="last", enable_version_counter=False)
+        callbacks.append(PredictionWriter())
         return trainer
 
 
-def main(args: list[str]) -> None:
-    """Run LightningCLI on these arguments."""
+def main(args: list[str] | None) -> None:
+    """Run LightningCLI on these arguments (None: the process's own)."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
     logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
@@ -75,6 +76,7 @@ class TextData(LightningDataModule, ABC, Generic[RecordT, ExampleT]):
             written by `datasets.Dataset.save_to_disk`, or hub:owner/name[:split].
         validation: Source of the validation rows; None splits them off the rows of `train`.
         validation_size: Rows to split off if `validation` is None: a count or a fraction below 1; 0 for none.
+            Other rows with the same prompts go with them.
         split_seed: Seed of the shuffle.
         limit: Use this many rows of `train` (before the split), the first of the shuffle; None for all.
         format: "columns" reads a prompt field and response fields (text or chat messages), "hh" reads
@@ -178,8 +180,7 @@ class TextData(LightningDataModule, ABC, Generic[RecordT, ExampleT]):
         if self.validation is not None:
             held_out = load_records([self.validation], self.parse, bad)
         else:
-            size = self._held_out_size(len(records))
-            held_out, records = records[:size], records[size:]
+            held_out, records = self._split(records)
         train, val = (self.tokenize(part, tokenizer, bad) if part else [] for part in (records, held_out))
         bad.warn()
         for name, part, before in (("training", train, records), ("validation", val, held_out)):
@@ -189,6 +190,20 @@ class TextData(LightningDataModule, ABC, Generic[RecordT, ExampleT]):
         self.pad_id = pad_id
         self.val_dataset = ExampleDataset(val)
         self.train_dataset = ExampleDataset(train)
+
+    def _split(self, records: list[RecordT]) -> tuple[list[RecordT], list[RecordT]]:
+        """Hold out the first rows of the shuffle, and every other row with one of their prompts."""
+        size = self._held_out_size(len(records))
+        prompts = {json.dumps(record.prompt) for record in records[:size]}
+        held_out = [record for record in records if json.dumps(record.prompt) in prompts]
+        rest = [record for record in records if json.dumps(record.prompt) not in prompts]
+        if not rest:
+            raise DataError(
+                "all rows share the prompts of the validation rows, which leaves none to train on",
+                where=", ".join(self.sources),
+                fix="Name a validation source, or set validation_size to 0.",
+            )
+        return held_out, rest
 
     def _held_out_size(self, rows: int) -> int:
         size = self.validation_size

@@ -85,7 +85,7 @@ def win_rate(after: Sequence[float], before: Sequence[float], tie_tolerance: flo
     losses = sum(float(b) > float(a) + tie_tolerance for a, b in zip(after, before, strict=True))
     ties = n - wins - losses
     rate = (wins + 0.5 * ties) / n
-    return WinRate(rate, _wilson(rate, n), wins, ties, losses)
+    return WinRate(rate, proportion_ci95(rate, n), wins, ties, losses)
 
 
 def mean_ci95(values: Sequence[float]) -> MeanCI:
@@ -115,7 +115,15 @@ def mean_ci95(values: Sequence[float]) -> MeanCI:
     return MeanCI(mean, (mean - half, mean + half), n)
 
 
-def _wilson(rate: float, n: int) -> tuple[float, float]:
+def proportion_ci95(rate: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+
+    Args:
+        rate: Observed proportion, in [0, 1].
+        n: Number of observations, at least 1.
+    """
     z2 = Z95 * Z95
     centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))

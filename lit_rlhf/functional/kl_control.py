@@ -57,6 +57,13 @@ class FixedKL(KLController):
     def update(self, kl: float, n: int) -> None:
         """Change nothing."""
 
+    def state_dict(self) -> dict[str, float]:
+        """Nothing: the coefficient is a setting, and a resumed run takes it from its own configuration."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Change nothing."""
+
 
 class AdaptiveKL(KLController):
     """Steers the measured KL towards a target.

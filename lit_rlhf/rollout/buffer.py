@@ -47,6 +47,7 @@ class RolloutBuffer(Callback):
         self.samples: list[dict[str, Any]] = []
         self._sampler: DistributedSampler[Any] | None = None
         self._order_seed = 0
+        self._num_prompts = 0
 
     def __len__(self) -> int:
         """Return the number of minibatches of one iteration: constant, known before the first rollout."""
@@ -58,6 +59,10 @@ class RolloutBuffer(Callback):
             raise RuntimeError(
                 "the rollout buffer is empty: it was iterated outside a training epoch, or a checkpoint was saved in "
                 "the middle of an iteration"
+            )
+        if len(self.experience) != self.rollout_size:
+            raise RuntimeError(
+                f"the rollout holds {len(self.experience)} samples, but the epoch was planned for {self.rollout_size}"
             )
         generator = torch.Generator().manual_seed(self._order_seed)
         for _ in range(self.inner_epochs):
@@ -77,8 +82,9 @@ class RolloutBuffer(Callback):
         data: Any = getattr(trainer, "datamodule", None)
         if data is None or not hasattr(data, "prompt_batch"):
             raise ValueError(f"{type(pl_module).__name__} needs a PromptData datamodule (or one with prompt_batch)")
+        self._num_prompts = data.num_prompts
         self._sampler = DistributedSampler(
-            range(data.num_prompts),  # type: ignore[arg-type]
+            range(self._num_prompts),  # type: ignore[arg-type]
             num_replicas=trainer.world_size,
             rank=trainer.global_rank,
             seed=self.seed,
@@ -123,18 +129,30 @@ class RolloutBuffer(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         prompts = data.prompt_batch(self.prompt_indices(trainer.current_epoch))
         prompts = trainer.strategy.batch_to_device(prompts)
-        self.experience, self.samples = pl_module.rollout(prompts)  # type: ignore[operator]
+        # A callback runs outside the precision plugin; old log-probs must come from the arithmetic of training.
+        with trainer.precision_plugin.forward_context():
+            self.experience, self.samples = pl_module.rollout(prompts)  # type: ignore[operator]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Free the rollout; nothing may train on it again."""
+        """Free the rollout and the gradients; the next generation needs neither."""
         self.experience = None
+        for optimizer in trainer.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base seed; everything else follows from the iteration."""
-        return {"seed": self.seed}
+        """Return what decides which prompts an iteration draws; the rest follows from the iteration."""
+        return {"seed": self.seed, "rollout_size": self.rollout_size, "num_prompts": self._num_prompts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the base seed of the interrupted run."""
+        """Take over the base seed of the interrupted run.
+
+        Raises:
+            ValueError: Rollout size or number of prompts changed: the iterations would draw other prompts.
+        """
+        for name, now in (("rollout_size", self.rollout_size), ("num_prompts", self._num_prompts)):
+            # Without a sampler this is validation or prediction, which draws no rollouts.
+            if self._sampler is not None and state_dict[name] != now:
+                raise ValueError(f"cannot resume: {name} was {state_dict[name]} and is now {now}")
         self.seed = int(state_dict["seed"])
         if self._sampler is not None:
             self._sampler.seed = self.seed

@@ -4,18 +4,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-
-
-class RewardFunction(Protocol):
-    """A function that rates responses: ``f(prompts, responses, **columns)`` gives one number a response."""
-
-    def __call__(self, prompts: list[str], responses: list[str], **columns: list[Any]) -> Sequence[float]:
-        """Return one finite number a response."""
-        ...
 
 
 @dataclass
@@ -74,6 +66,10 @@ class FunctionReward(Reward):
             ValueError: It returned the wrong count, or something that is not a finite number; the sample is named.
         """
         name = getattr(self.function, "__qualname__", type(self.function).__name__)
+        if taken := {"prompts", "responses"} & set(batch.columns):
+            raise ValueError(
+                f"reward function {name}: the data's column {sorted(taken)[0]!r} has the name of an argument"
+            )
         values = list(self.function(batch.prompts, batch.responses, **batch.columns))
         if len(values) != len(batch.responses):
             raise ValueError(

@@ -42,7 +42,8 @@ class RewardScaler:
         total = batch.cpu().double() + torch.tensor(self._total, dtype=torch.float64)
         self._total = total.tolist()
         _, var = finish_moments(total)
-        return scores / var.sqrt().clamp_min(1e-6).to(scores)
+        # Equal scores so far say nothing about the scale.
+        return scores / torch.where(var > 0, var.sqrt(), 1.0).to(scores)
 
     def state_dict(self) -> dict[str, list[float]]:
         """Return the running sums as plain numbers."""

@@ -15,6 +15,7 @@ from helpers import make_ppo, make_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_rlhf import AdaptiveKL, FixedKL, PromptData
+from lit_rlhf.backbone import StageCheckpoint
 
 RUN = """
 import sys, time
@@ -126,11 +127,44 @@ def test_resuming_another_configuration_is_refused(prompts: PromptData, tmp_path
             make_trainer(tmp_path / "again", 3).fit(make_ppo(**changed), prompts, ckpt_path=tmp_path / "last.ckpt")
 
 
-def test_the_kl_coefficient_comes_from_the_checkpoint(prompts: PromptData, tmp_path: Path) -> None:
-    fit(tmp_path, prompts, epochs=1, kl=FixedKL(0.3))
-    module = make_ppo(kl=FixedKL(0.9))
+def test_a_fixed_coefficient_is_a_setting_and_an_adaptive_one_is_state(prompts: PromptData, tmp_path: Path) -> None:
+    for old, new, expected in (
+        (FixedKL(0.3), FixedKL(0.9), 0.9),
+        (AdaptiveKL(0.3, 1.0, 1e9), AdaptiveKL(0.9, 1.0, 1e9), 0.3),
+    ):
+        fit(tmp_path, prompts, epochs=1, kl=old)
+        module = make_ppo(kl=new)
+        make_trainer(tmp_path / "again", 2).fit(module, prompts, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+        assert module.kl.value == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_changed_rollout_size_is_refused_and_the_runs_own_seed_is_kept(prompts: PromptData, tmp_path: Path) -> None:
+    fit(tmp_path, prompts, epochs=1)
+    module = make_ppo(rollout_size=4)
+    with pytest.raises(ValueError, match="rollout_size was 8 and is now 4"):
+        make_trainer(tmp_path / "again", 2).fit(module, prompts, ckpt_path=tmp_path / "last.ckpt")
+    module = make_ppo(seed=99)
     make_trainer(tmp_path / "again", 2).fit(module, prompts, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
-    assert module.kl.value == pytest.approx(0.3)
+    assert module.rollout_buffer.seed == 7
+
+
+def test_a_replaced_parent_checkpoint_is_noticed(
+    hydra_checkpoint: Path, data_folder: Path, prompts: PromptData, tmp_path: Path
+) -> None:
+    parent = tmp_path / "hydra.ckpt"
+    parent.write_bytes(hydra_checkpoint.read_bytes())
+    fit(tmp_path, prompts, epochs=1, policy_checkpoint=str(parent))
+    assert len(StageCheckpoint.read(tmp_path / "last.ckpt").role_model("actor").sets) == 2
+    content = torch.load(parent, weights_only=True)
+    name = next(iter(content["state_dict"]))
+    content["state_dict"][name] += 1.0
+    torch.save(content, parent)
+    with pytest.raises(ValueError, match="was replaced after a later stage was trained on it"):
+        StageCheckpoint.read(tmp_path / "last.ckpt").role_model("actor")
+    with pytest.raises(ValueError, match="cannot resume: fingerprints"):
+        make_trainer(tmp_path / "again", 2).fit(
+            make_ppo(policy_checkpoint=str(parent)), prompts, ckpt_path=tmp_path / "last.ckpt"
+        )
 
 
 @pytest.mark.parametrize(

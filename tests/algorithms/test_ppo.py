@@ -1,15 +1,28 @@
 """PPO: the invariants of METHODS, its options, and that it learns."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from helpers import TINY, adamw, count_e, make_ppo, make_trainer
+from helpers import OPENINGS, TINY, adamw, count_e, make_ppo, make_trainer, write_jsonl
 from torch import Tensor
 
-from lit_rlhf import PPO, AdaptiveKL, Experience, FixedKL, FunctionReward, LoraArgs, PromptData, Sampling
+from lit_rlhf import (
+    PPO,
+    AdaptiveKL,
+    Experience,
+    FixedKL,
+    FunctionReward,
+    HydraSFT,
+    LoraArgs,
+    PreferenceData,
+    PromptData,
+    Sampling,
+)
+from lit_rlhf.evaluation import mean_ci95
 
 
 class Spy(L.Callback):
@@ -17,7 +30,6 @@ class Spy(L.Callback):
 
     def __init__(self) -> None:
         self.ratios: list[Tensor] = []
-        self.kls: list[float] = []
         self.experiences: list[Experience] = []
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Experience, batch_idx: int) -> None:
@@ -27,7 +39,6 @@ class Spy(L.Callback):
         with torch.no_grad():
             read = module.backbone(("actor",), batch.tokens, batch.attention_mask, batch.mask)
         self.ratios.append((read["actor"] - batch.log_probs).exp()[batch.mask])
-        self.kls.append(float(trainer.callback_metrics.get("rollout/kl", torch.tensor(0.0))))
 
 
 def fit(module: PPO, prompts: PromptData, folder: Path, epochs: int = 2, **kwargs: Any) -> L.Trainer:
@@ -36,11 +47,13 @@ def fit(module: PPO, prompts: PromptData, folder: Path, epochs: int = 2, **kwarg
     return trainer
 
 
-@pytest.mark.parametrize("layout", ["full", "lora", "dynamic_lora", "j_hydra", "hydra"])
+@pytest.mark.parametrize("layout", ["full", "lora", "dynamic_lora", "pe", "j_hydra", "hydra"])
 def test_ratio_is_one_at_the_first_minibatch_and_kl_zero_before_the_first_update(
-    layout: str, hydra_checkpoint: Path, prompts: PromptData, tmp_path: Path
+    layout: str, hydra_checkpoint: Path, lora_reward_checkpoint: Path, prompts: PromptData, tmp_path: Path
 ) -> None:
-    module, spy = make_ppo(layout=layout, policy_checkpoint=str(hydra_checkpoint)), Spy()
+    reward = str(lora_reward_checkpoint) if layout == "pe" else None
+    module = make_ppo(layout=layout, policy_checkpoint=str(hydra_checkpoint), reward_checkpoint=reward)
+    spy = Spy()
     trainer = make_trainer(tmp_path, 2)
     trainer.callbacks.append(spy)
     trainer.fit(module, prompts)
@@ -167,39 +180,96 @@ def test_score_clip_missing_eos_penalty_and_scaling(prompts: PromptData) -> None
 
 def test_critic_warm_up_leaves_the_actor_alone(prompts: PromptData, tmp_path: Path) -> None:
     # Weight decay would move the actor even with zero gradients.
-    optimizer = lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.5)  # noqa: E731
-    module = PPO(
-        TINY, optimizer, lora=LoraArgs(r=4), reward=FunctionReward(count_e), sampling=Sampling(max_new_tokens=8),
-        rollout_size=8, minibatch_size=4, critic_warmup_iterations=2,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "optimizer": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.5),
+        "critic_warmup_iterations": 2,
+    }
+    module = make_ppo(**settings)
     module.configure_model()
     start = {n: p.detach().clone() for n, p in module.backbone.role_parameters("actor").items()}
     critic = {n: p.detach().clone() for n, p in module.backbone.role_parameters("critic").items()}
     fit(module, prompts, tmp_path, epochs=2)
     assert all(torch.equal(p, start[n]) for n, p in module.backbone.role_parameters("actor").items())
     assert any(not torch.equal(p, critic[n]) for n, p in module.backbone.role_parameters("critic").items())
-    longer = PPO(
-        TINY, optimizer, lora=LoraArgs(r=4), reward=FunctionReward(count_e), sampling=Sampling(max_new_tokens=8),
-        rollout_size=8, minibatch_size=4, critic_warmup_iterations=2,
-    )  # fmt: skip
+    longer = make_ppo(**settings)
     fit(longer, prompts, tmp_path, epochs=3)
     assert any(not torch.equal(p, start[n]) for n, p in longer.backbone.role_parameters("actor").items())
 
 
-def test_a_kl_target_ends_the_iterations_updates_early(prompts: PromptData, tmp_path: Path) -> None:
-    patient = fit(make_ppo(inner_epochs=4, target_kl=100.0), prompts, tmp_path, epochs=2)
-    assert patient.global_step == 2 * 4 * 2
-    # Below any real movement: the first minibatch moves nothing (ratio 1), the second exceeds the target.
-    hasty = fit(make_ppo(inner_epochs=4, target_kl=1e-9), prompts, tmp_path, epochs=2)
-    assert 2 <= hasty.global_step <= 4
-    assert hasty.current_epoch == 2
+class CountLosses(PPO):
+    """Counts the minibatches that were really trained on."""
+
+    count = 0
+
+    def loss(self, minibatch: Experience) -> Tensor:
+        self.count += 1
+        return super().loss(minibatch)
 
 
-def test_entropy_bonus_changes_the_gradient(prompts: PromptData, tmp_path: Path) -> None:
-    plain = fit(make_ppo(), prompts, tmp_path / "a", epochs=1)
-    bonus = fit(make_ppo(entropy_coef=1.0), prompts, tmp_path / "b", epochs=1)
-    first, second = plain.lightning_module.state_dict(), bonus.lightning_module.state_dict()
-    assert any(not torch.equal(first[name], second[name]) for name in first)
+def test_a_kl_target_ends_the_iterations_updates_but_not_its_validation(prompts: PromptData, tmp_path: Path) -> None:
+    counts, moved = [], []
+    for target in (100.0, 1e-9):
+        module = make_ppo(CountLosses, inner_epochs=4, target_kl=target, optimizer=adamw(1e-2))
+        trainer = fit(module, prompts, tmp_path / str(target), epochs=2, limit_val_batches=1)
+        counts.append(module.count)
+        moved.append(trainer.lightning_module.state_dict())
+        assert "val/score" in trainer.callback_metrics
+    # The first minibatch of an iteration moves nothing yet (ratio 1); the second exceeds the tiny target.
+    assert counts == [2 * 4 * 2, 2 * 2]
+    short = make_ppo(CountLosses, inner_epochs=1, optimizer=adamw(1e-2))
+    fit(short, prompts, tmp_path / "short", epochs=1)
+    once = make_ppo(CountLosses, inner_epochs=4, target_kl=1e-9, optimizer=adamw(1e-2))
+    fit(once, prompts, tmp_path / "once", epochs=1)
+    # One inner epoch is two minibatches: the skipped ones left no trace, not even Adam's momentum.
+    for name, value in short.state_dict().items():
+        assert torch.equal(value, once.state_dict()[name])
+
+
+def test_the_ratio_is_one_under_autocast_too(hydra_checkpoint: Path, prompts: PromptData, tmp_path: Path) -> None:
+    spy = Spy()
+    trainer = make_trainer(tmp_path, 2, precision="bf16-mixed")
+    trainer.callbacks.append(spy)
+    trainer.fit(make_ppo(policy_checkpoint=str(hydra_checkpoint)), prompts)
+    for experience in spy.experiences:
+        assert experience.values.dtype == torch.float32
+    # The spy's own pass runs outside autocast, so compare with what training itself saw.
+    ratios = float(trainer.callback_metrics["train/ratio_mean"])
+    assert ratios == pytest.approx(1.0, abs=5e-3)
+
+
+def test_16_bit_weights_by_the_trainer_are_refused(prompts: PromptData, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"32-true with model.dtype: bfloat16"):
+        make_trainer(tmp_path, 1, precision="bf16-true").fit(make_ppo(), prompts)
+
+
+def test_a_bf16_trunk_trains_with_float32_adapters(prompts: PromptData, tmp_path: Path) -> None:
+    module, spy = make_ppo(dtype="bfloat16"), Spy()
+    trainer = make_trainer(tmp_path, 2)
+    trainer.callbacks.append(spy)
+    trainer.fit(module, prompts)
+    for ratios in spy.ratios:
+        torch.testing.assert_close(ratios, torch.ones_like(ratios), atol=1e-3, rtol=0)
+    trained = {p.dtype for p in module.backbone.parameters() if p.requires_grad}
+    frozen = {p.dtype for p in module.backbone.trunks.parameters() if not p.requires_grad}
+    assert trained == {torch.float32}
+    assert frozen == {torch.bfloat16}
+    moments = [state["exp_avg"].dtype for state in trainer.optimizers[0].state.values()]
+    assert set(moments) == {torch.float32}
+
+
+def test_the_progress_bar_gets_the_key_numbers_and_gradients_are_freed(prompts: PromptData, tmp_path: Path) -> None:
+    trainer = fit(make_ppo(), prompts, tmp_path)
+    assert {"rollout/score", "rollout/kl", "train/value_loss"} <= set(trainer.progress_bar_metrics)
+    assert all(p.grad is None for p in trainer.lightning_module.parameters())
+
+
+def test_the_entropy_bonus_raises_entropy(prompts: PromptData, tmp_path: Path) -> None:
+    entropies = []
+    for name, coefficient in (("without", 0.0), ("with", 5.0)):
+        module = make_ppo(entropy_coef=coefficient, optimizer=adamw(1e-2), inner_epochs=4, value_coef=0.0)
+        trainer = fit(module, prompts, tmp_path / name, epochs=6)
+        entropies.append(float(trainer.callback_metrics["rollout/entropy"]))
+    assert entropies[1] > entropies[0]
 
 
 def test_critic_lr_reaches_the_critics_own_group(hydra_checkpoint: Path) -> None:
@@ -235,7 +305,7 @@ def test_gradient_checkpointing_trains_to_the_same_weights(
 def test_every_problem_is_reported_together_before_weights_load() -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011
         PPO(
-            "no/such-model", adamw(), layout="hydra2", rollout_size=10, minibatch_size=4, gamma=1.5,
+            model="no/such-model", optimizer=adamw(), layout="hydra2", rollout_size=10, minibatch_size=4, gamma=1.5,
             clip=-0.1, sampling=Sampling(temperature=0.0),
         )  # fmt: skip
     message = str(error.value)
@@ -244,32 +314,40 @@ def test_every_problem_is_reported_together_before_weights_load() -> None:
 
 
 def test_hydra_needs_its_artefact_before_any_model_loads() -> None:
-    module = PPO("no/such-model", adamw(), layout="hydra")
+    module = PPO(model="no/such-model", optimizer=adamw(), layout="hydra")
     with pytest.raises(ValueError, match=r"reward role needs a trained reward head.*policy_checkpoint"):
         module.configure_model()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["full", "hydra", "j_hydra"])
-def test_it_learns_a_simple_reward_over_seeds(layout: str, prompts: PromptData, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def varied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fully fine-tuned Hydra-SFT whose policy says one of three things, so that there is something to choose."""
+    folder = tmp_path_factory.mktemp("varied")
+    said = (" good and fine.", " a feast of scenes, well made.", " not my thing, but all right.")
+    rows = [{"prompt": p, "chosen": c, "rejected": " bad and dull, sadly."} for p in OPENINGS for c in said]
+    data = PreferenceData(train=write_jsonl(folder / "pairs.jsonl", rows), validation_size=0, batch_size=4)
+    L.seed_everything(0, verbose=False)
+    make_trainer(folder, 10).fit(HydraSFT(model=TINY, optimizer=adamw(3e-3)), data)
+    return folder / "last.ckpt"
+
+
+@pytest.mark.parametrize(
+    "layout", ["hydra", *(pytest.param(name, marks=pytest.mark.slow) for name in ("full", "dynamic_lora", "j_hydra"))]
+)
+def test_it_learns_over_five_seeds(layout: str, varied_checkpoint: Path, tmp_path: Path) -> None:
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": text} for text in OPENINGS] * 4)
     gains = []
     for seed in range(5):
-        module = PPO(
-            TINY, adamw(1e-2 if layout != "full" else 3e-3), layout=layout, lora=LoraArgs(r=8),
-            reward=FunctionReward(count_e), sampling=Sampling(max_new_tokens=12, min_new_tokens=12), rollout_size=8,
-            minibatch_size=8, inner_epochs=2, kl=FixedKL(0.0), reward_scaling="running", seed=seed,
+        module = make_ppo(
+            layout=layout, policy_checkpoint=str(varied_checkpoint), lora=LoraArgs(r=8), rollout_size=32,
+            minibatch_size=32, sampling=Sampling(max_new_tokens=12, min_new_tokens=12), kl=FixedKL(0.0), seed=seed,
+            reward=FunctionReward(count_e), reward_scaling="running",
+            optimizer=adamw(1e-3 if layout == "full" else 1e-2),
         )  # fmt: skip
-        scores: list[float] = []
-
-        class Keep(L.Callback):
-            def on_train_epoch_end(self, trainer: Any, pl_module: Any, scores: list[float] = scores) -> None:
-                scores.append(float(trainer.callback_metrics["rollout/score"]))
-
-        trainer = make_trainer(tmp_path, 60)
-        trainer.callbacks.append(Keep())
-        trainer.fit(module, prompts)
-        gains.append(sum(scores[-10:]) / 10 - sum(scores[:10]) / 10)
-    mean = sum(gains) / len(gains)
-    spread = (sum((g - mean) ** 2 for g in gains) / (len(gains) - 1)) ** 0.5
-    # Student's t for 4 degrees of freedom.
-    assert mean - 2.776 * spread / len(gains) ** 0.5 > 0, gains
+        trainer = make_trainer(tmp_path / str(seed), 20)
+        trainer.fit(module, PromptData(train=prompts, validation_size=0))
+        with (tmp_path / str(seed) / "metrics.csv").open() as file:
+            scores = [float(row["rollout/score"]) for row in csv.DictReader(file) if row["rollout/score"]]
+        gains.append(sum(scores[-5:]) / 5 - sum(scores[:5]) / 5)
+    low, _ = mean_ci95(gains).ci95
+    assert low > 0.1, gains

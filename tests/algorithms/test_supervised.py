@@ -39,7 +39,7 @@ def reference(module: SupervisedModule, batch: dict[str, torch.Tensor]) -> tuple
 
 
 def test_hydra_sft_loss_is_cross_entropy_of_the_chosen_plus_gamma_preference() -> None:
-    module = HydraSFT(TINY, adamw(), gamma=0.3, lora=LoraArgs(r=4))
+    module = HydraSFT(model=TINY, optimizer=adamw(), gamma=0.3, lora=LoraArgs(r=4))
     module.configure_model()
     for name, p in module.backbone.named_parameters():
         if "lora_B" in name:
@@ -57,7 +57,7 @@ def test_hydra_sft_loss_is_cross_entropy_of_the_chosen_plus_gamma_preference() -
 def test_hydra_sft_runs_one_pass_and_no_language_head_work_on_the_rejected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    module = HydraSFT(TINY, adamw(), lora=LoraArgs(r=4))
+    module = HydraSFT(model=TINY, optimizer=adamw(), lora=LoraArgs(r=4))
     module.configure_model()
     passes, rows = [], []
     module.backbone.language_model("trunk").base_model.register_forward_hook(lambda *a: passes.append(1))
@@ -78,10 +78,10 @@ def test_the_stages_learn_and_report_their_metrics(
     lr = adamw(1e-2 if lora else 3e-3)
     rows = str(data_folder / "pairs.jsonl")
     runs = {
-        "sft": (SFT(TINY, lr, lora=lora), InstructionData(train=rows, validation_size=4, batch_size=4)),
-        "reward": (RewardModel(TINY, lr, lora=lora), pairs),
+        "sft": (SFT(model=TINY, optimizer=lr, lora=lora), InstructionData(train=rows, validation_size=4, batch_size=4)),
+        "reward": (RewardModel(model=TINY, optimizer=lr, lora=lora), pairs),
         "hydra": (
-            HydraSFT(TINY, lr, gamma=1.0, lora=lora),
+            HydraSFT(model=TINY, optimizer=lr, gamma=1.0, lora=lora),
             PreferenceData(train=rows, validation_size=4, batch_size=4),
         ),
     }
@@ -101,7 +101,7 @@ def test_the_stages_learn_and_report_their_metrics(
 
 
 def test_a_lora_reward_model_leaves_its_trunk_alone(pairs: PreferenceData, tmp_path: Path) -> None:
-    module = RewardModel(TINY, adamw(1e-2), lora=LoraArgs(r=4))
+    module = RewardModel(model=TINY, optimizer=adamw(1e-2), lora=LoraArgs(r=4))
     module.configure_model()
     frozen = {n: p.clone() for n, p in module.backbone.named_parameters() if "lora_" not in n and "trunks" in n}
     make_trainer(tmp_path, epochs=2).fit(module, pairs)
@@ -111,4 +111,4 @@ def test_a_lora_reward_model_leaves_its_trunk_alone(pairs: PreferenceData, tmp_p
 
 def test_a_negative_gamma_is_refused() -> None:
     with pytest.raises(ValueError, match="gamma must not be negative"):
-        HydraSFT(TINY, adamw(), gamma=-1.0)
+        HydraSFT(model=TINY, optimizer=adamw(), gamma=-1.0)

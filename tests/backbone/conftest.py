@@ -123,6 +123,9 @@ def make_backbone(make_model, randomize):
             table = table.restricted_to(roles)
         trunks = {name: copy.deepcopy(model) for name in table.trunks}
         backbone = Backbone(table, trunks, lora or LoraArgs(r=4, alpha=8), **kwargs)
+        for head in backbone.heads.values():
+            # Heads start at zero; a stage would have trained them.
+            torch.nn.init.normal_(head.weight, std=0.2, generator=torch.Generator().manual_seed(1))
         return randomize(backbone) if update else backbone
 
     return make_backbone

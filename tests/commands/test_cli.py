@@ -106,9 +106,31 @@ def test_validate_test_and_predict_run_on_a_checkpoint(
 ) -> None:
     fit(ppo_config(run_folder, data_folder), run_folder)
     checkpoint = str(run_folder / "checkpoints" / "last.ckpt")
-    for command, shown in (("validate", "val/score"), ("test", "test/score"), ("predict", "")):
+    for command, shown in (("validate", "val/score"), ("test", "test/score"), ("predict", "predictions.jsonl")):
         main([command, "-c", str(run_folder / "run.yaml"), "--ckpt_path", checkpoint])
         assert shown in capsys.readouterr().out
+    rows = [json.loads(line) for line in (run_folder / "predictions.jsonl").read_text().splitlines()]
+    assert [set(row) for row in rows] == [{"prompt", "response"}] * 4
+    assert not list(run_folder.glob("*.partial"))
+
+
+def test_a_single_callback_and_a_rerun_keep_one_last_checkpoint(run_folder: Path, data_folder: Path) -> None:
+    config = ppo_config(run_folder, data_folder)
+    for _ in range(2):
+        fit(config, run_folder, "--trainer.callbacks", "LearningRateMonitor")
+    assert [path.name for path in (run_folder / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("name", ["own_pairs/hydra_sft"])
+def test_rerunning_a_shipped_experiment_keeps_the_earlier_metrics(
+    name: str, run_folder: Path, data_folder: Path
+) -> None:
+    yaml_file = Path(__file__).parents[2] / "experiments" / f"{name}.yaml"
+    for _ in range(2):
+        main(["fit", "-c", str(yaml_file), "--data.train", str(data_folder / "pairs.jsonl"), "--model.model",
+              "random:tiny", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "1"])  # fmt: skip
+    assert [str(path) for path in sorted(Path("runs").rglob("last.ckpt"))] == ["runs/hydra_sft/last.ckpt"]
+    assert len(list(Path("runs").rglob("metrics.csv"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -163,6 +185,8 @@ def test_wandb_offline_and_tensorboard_by_a_yaml_line(
     wandb.finish()
     (run,) = (run_folder / "wandb").glob("offline-run-*")
     assert list(run.glob("run-*.wandb"))
+    (record,) = run.glob("run-*.wandb")
+    assert b"rollout_size" in record.read_bytes()
     tables = sorted(run.glob("files/media/table/samples_*.table.json"))
     assert len(tables) == 2
     table = json.loads(tables[0].read_text())
@@ -212,9 +236,10 @@ def test_light_commands_report_errors_in_one_line(run_folder: Path, capsys: pyte
     (run_folder / "there").mkdir()
     (run_folder / "torn.ckpt").write_bytes(b"PK\x03\x04 not a checkpoint")
     for arguments, message in (
-        (["generate", "missing.ckpt", "--prompt+", "x"], "missing.ckpt does not exist"),
+        (["generate", "missing.ckpt", "--prompt", "x"], "missing.ckpt does not exist"),
+        (["generate", "no-such/model", "--prompt", "x"], "no-such/model"),
         (["generate", "torn.ckpt", "--prompt+", "x"], "torn.ckpt cannot be read"),
-        (["generate", "random:tiny"], "give --prompt"),
+        (["generate", "random:tiny"], "give --prompt TEXT"),
         (["generate", "random:tiny", "--prompt+", "x", "--temperature", "0"], "temperature must be positive"),
         (["export", "missing.ckpt", "out"], "missing.ckpt does not exist"),
         (["export", "missing.ckpt", "there"], "there exists already"),

@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 
 from lit_rlhf.data import DataError, InstructionData, PreferenceData, PromptData
 
-LETTERS = "abcdefghij"
-PAIRS = [pair_row(p, f"{p} {r}", r, id=f"{p}{r}") for p in LETTERS for r in LETTERS[:2]]  # 20 rows
+LETTERS = "abcdefghijklmnopqrst"
+PAIRS = [pair_row(p, f"{p} {r}", r, id=f"{p}{r}") for p, r in zip(LETTERS, "ab" * 10, strict=True)]  # 20 rows
 
 
 @pytest.fixture
@@ -42,6 +42,14 @@ def test_split_is_a_seeded_partition(source):
 def test_validation_size_is_a_count_or_a_fraction(source, size, expected):
     data = ready(PromptData, source, validation_size=size)
     assert (len(data.val_dataset), data.num_prompts) == (expected, 20 - expected)
+
+
+def test_rows_with_one_prompt_stay_on_one_side_of_the_split(write):
+    rows = [pair_row(p, f"{p} {r}", r, id=f"{p}{r}") for p in LETTERS for r in "ab"]
+    data = ready(PromptData, write(rows), validation_size=5)
+    train, val = ({name[0] for name in ids(part)} for part in (data.train_dataset, data.val_dataset))
+    assert not train & val
+    assert 5 <= len(data.val_dataset) <= 10
 
 
 def test_validation_must_leave_rows_to_train_on(source):

@@ -116,9 +116,14 @@ def test_adaptive_by_hand():
     assert control.value == pytest.approx(0.2 * 1.01 * 1.02 * 0.98)
 
 
-@pytest.mark.parametrize("make", [FixedKL, AdaptiveKL])
-def test_state_goes_on_in_another_controller(make):
-    first, second = make(coefficient=0.3), make(coefficient=0.1)
+def test_a_fixed_coefficient_is_no_state():
+    first, second = FixedKL(0.3), FixedKL(0.1)
+    second.load_state_dict(first.state_dict())
+    assert (first.value, second.value) == (0.3, 0.1)
+
+
+def test_state_goes_on_in_another_controller():
+    first, second = AdaptiveKL(coefficient=0.3), AdaptiveKL(coefficient=0.1)
     first.update(9.0, 64)
     state = first.state_dict()
     assert all(type(v) is float for v in state.values())

@@ -59,6 +59,19 @@ def test_errors_of_wiring() -> None:
         WeightedReward([RoleReward(), RoleReward()], [1.0])
 
 
+def test_equal_scores_are_not_blown_up() -> None:
+    same = torch.full((4,), -1.0)
+    for mode in ("none", "running"):
+        assert torch.equal(RewardScaler(mode)(same, torch.Tensor.clone), same)  # type: ignore[arg-type]
+    assert torch.equal(RewardScaler("batch")(same, torch.Tensor.clone), torch.zeros(4))
+
+
+def test_a_column_named_like_an_argument_is_named() -> None:
+    batch = Scored(["p"], ["r"], {"responses": ["x"]})
+    with pytest.raises(ValueError, match="column 'responses' has the name of an argument"):
+        FunctionReward(lengths).score(batch)
+
+
 def test_running_scale_survives_a_checkpoint() -> None:
     identity = torch.Tensor.clone
     first, whole = RewardScaler("running"), RewardScaler("running")

@@ -1,0 +1,44 @@
+"""Summarise a run of this folder: first and last losses, held-out accuracy with its 95 % interval.
+
+python experiments/hh_rlhf/summarise.py runs/hh_hydra_sft/version_0 --pairs 400
+"""
+
+import argparse
+import csv
+import json
+import statistics
+from pathlib import Path
+
+from lit_rlhf.evaluation import proportion_ci95
+
+WINDOW = 5  # logged rows (of ten steps each) at either end
+
+
+def summarise(folder: Path, pairs: int) -> dict[str, object]:
+    """Read ``metrics.csv`` and return the losses' ends, and held-out accuracy with Wilson's interval."""
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    result: dict[str, object] = {"steps": max(int(row["step"]) for row in rows) + 1, "held_out_pairs": pairs}
+    for name in rows[0]:
+        values = [float(row[name]) for row in rows if row[name]]
+        if name.startswith("train/"):
+            ends = (statistics.fmean(values[:WINDOW]), statistics.fmean(values[-WINDOW:]))
+            result[name] = {"first": round(ends[0], 4), "last": round(ends[1], 4)}
+        elif name.startswith("val/"):
+            result[name] = round(values[-1], 4)
+    low, high = proportion_ci95(float(str(result["val/accuracy"])), pairs)
+    result["val/accuracy_ci95"] = [round(low, 4), round(high, 4)]
+    return result
+
+
+def main() -> None:
+    """Print the summary as JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, help="the run's version folder")
+    parser.add_argument("--pairs", type=int, required=True, help="held-out pairs")
+    args = parser.parse_args()
+    print(json.dumps(summarise(args.folder, args.pairs), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -23,6 +23,7 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from lit_rlhf.callbacks import IterationProgress
+from lit_rlhf.commands.run import silence_warnings
 from lit_rlhf.evaluation import win_rate
 
 CONSOLE = Console(soft_wrap=True)
@@ -83,9 +84,8 @@ class Responses:
 
 def quiet() -> None:
     """Silence what a user of the quickstart can do nothing about."""
+    silence_warnings()
     warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
-    warnings.filterwarnings("ignore", message=".*treespec.*")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric", "httpx", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -205,6 +205,7 @@ def plot_curves(rows: Sequence[dict[str, float]], kl_target: float, path: Path) 
         axis.plot(iterations, [row[key] for row in rows], marker="o", markersize=3, color="tab:blue")
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("iteration")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     axes[2].axhline(kl_target, color="grey", linestyle="--", linewidth=1, label="target")
     axes[2].legend(frameon=False, fontsize=8)

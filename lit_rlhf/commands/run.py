@@ -1,8 +1,21 @@
 """Parsing and errors of the light commands."""
 
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
+
+
+def silence_warnings() -> None:
+    """Hide warnings about things that are so on purpose, or that only a library's next version can mend."""
+    for message in (
+        ".*does not have many workers.*",  # the tokenised data are in memory
+        ".*module\\(s\\) in eval mode.*",  # the backbone stays in eval mode for good
+        ".*treespec.*",
+        ".*is_gradient_checkpointing.*",
+        ".*args parameter is intended.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def run(function: Callable[..., Any], argv: list[str], name: str) -> None:

@@ -1,7 +1,6 @@
 """``lit-rlhf fit|validate|test|predict``: LightningCLI with our classes, defaults and callbacks."""
 
 import logging
-import warnings
 from typing import Any
 
 import lightning as L
@@ -14,6 +13,7 @@ import lit_rlhf.data
 import lit_rlhf.rollout  # noqa: F401  (short class names work for imported classes)
 from lit_rlhf.algorithms import BackboneModule
 from lit_rlhf.callbacks import IterationProgress, PredictionWriter
+from lit_rlhf.commands.run import silence_warnings
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "logger": {
@@ -72,8 +72,7 @@ class CLI(LightningCLI):
 
 def main(args: list[str] | None) -> None:
     """Run LightningCLI on these arguments (None: the process's own)."""
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
+    silence_warnings()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     CLI(
         BackboneModule,

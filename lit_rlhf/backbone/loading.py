@@ -105,7 +105,7 @@ def load_language_model(name: str, dtype: DType = "float32") -> PreTrainedModel:
         # On the CPU even where Lightning builds on the GPU: each device draws other numbers.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(torch_dtype)
         return model.eval()
     if source.gguf_file and importlib.util.find_spec("gguf") is None:
         raise ImportError(f"model {name!r} is a GGUF file; reading it needs: pip install gguf")

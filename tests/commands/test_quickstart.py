@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from lit_rlhf.cli import main
-from lit_rlhf.commands import quickstart
+from lit_rlhf.commands import quickstart_pipeline as quickstart
 
 REPORTED = {
     "pairwise_accuracy", "gold_before", "gold_after", "win_rate", "win_rate_ci95", "kl_to_reference", "seconds",

@@ -1,5 +1,6 @@
 """Parsing and errors of the light commands."""
 
+import inspect
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,13 +19,21 @@ def silence_warnings() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+def spell_out_flags(function: Callable[..., Any], argv: list[str]) -> list[str]:
+    """Give a bare ``--flag`` of a boolean argument its value: ``--tiny`` is ``--tiny=true``."""
+    flags = {f"--{name}" for name, p in inspect.signature(function).parameters.items() if p.annotation is bool}
+    followed = [*argv[1:], "--"]
+    bare = [arg in flags and after.startswith("--") for arg, after in zip(argv, followed, strict=True)]
+    return [f"{arg}=true" if alone else arg for arg, alone in zip(argv, bare, strict=True)]
+
+
 def run(function: Callable[..., Any], argv: list[str], name: str) -> None:
     """Call a command with parsed arguments; an error of the user's making is one line, not a traceback."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog=f"lit-rlhf {name}", description=(function.__doc__ or "").split("\n")[0])
     parser.add_function_arguments(function, as_positional=True)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(spell_out_flags(function, argv))
     try:
         function(**arguments.as_dict())
     except (OSError, ValueError, ImportError) as error:

@@ -53,7 +53,7 @@ def test_lora_stages_export_one_adapter(tmp_path: Path, monkeypatch: pytest.Monk
         quickstart.TINY, sft_lora=lora, sft_steps=4, iterations=1, rollout_size=8, minibatch_size=8, evaluated=128
     )
     monkeypatch.setattr(quickstart, "TINY", short)
-    main(["quickstart", "--out", str(tmp_path / "out"), "--tiny", "true"])
+    main(["quickstart", "--tiny", "--out", str(tmp_path / "out")])
     config = json.loads((tmp_path / "out" / "export" / "adapter_config.json").read_text())
     assert config["r"] == 16 + 16
 
@@ -70,7 +70,7 @@ def test_held_out_openings_are_new_to_training() -> None:
 
 @pytest.mark.slow
 def test_tiny_learns(tmp_path: Path) -> None:
-    main(["quickstart", "--out", str(tmp_path / "out"), "--tiny", "true"])
+    main(["quickstart", "--out", str(tmp_path / "out"), "--tiny"])
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["gold_after"] > report["gold_before"]
     assert report["win_rate_ci95"][0] > 0.5

@@ -94,7 +94,8 @@ class RolloutBuffer(Callback):
             needed = self.rollout_size * trainer.world_size
             raise ValueError(
                 f"rollout_size {self.rollout_size} on {trainer.world_size} rank(s) needs at least {needed} training "
-                f"prompts; the data has {data.num_prompts}"
+                f"prompts; the data has {data.num_prompts} (after holding out validation_size). Lower rollout_size or "
+                "validation_size, or add prompts"
             )
 
     def _check_checkpoints(self, trainer: Trainer) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_rlhf.backbone.adapters import LoraArgs
+from lit_rlhf.backbone.lora_linear import use_fused_layers
 
 
 @dataclass
@@ -71,7 +72,9 @@ class RoleModel:
         """Return a model to read: LoRA layers inside where the sets have a sum, else merged."""
         if not self.sets or (len(self.sets) > 1 and any(s.args.use_dora for s in self.sets)):
             return self.merged()
-        return self.as_peft().eval().get_base_model()  # type: ignore[return-value]
+        model = self.as_peft().eval().get_base_model()
+        use_fused_layers(model)  # type: ignore[arg-type]
+        return model  # type: ignore[return-value]
 
 
 def attach_lora(model: PreTrainedModel, config: LoraConfig, tensors: dict[str, Tensor]) -> PeftModel:
@@ -163,6 +166,7 @@ def attach_sets(model: PreTrainedModel, sets: Mapping[str, LoraArgs | LoraSet]) 
             if unexpected:
                 raise ValueError(f"LoRA set {name!r} does not fit its trunk: {unexpected[:3]} ...")
     _start_magnitudes(wrapped, [name for name, args in fresh.items() if args.use_dora])
+    use_fused_layers(wrapped)
     return wrapped
 
 

@@ -73,7 +73,7 @@ class RoleModel:
         if not self.sets or (len(self.sets) > 1 and any(s.args.use_dora for s in self.sets)):
             return self.merged()
         model = self.as_peft().eval().get_base_model()
-        use_fused_layers(model)  # type: ignore[arg-type]
+        use_fused_layers(model)
         return model  # type: ignore[return-value]
 
 

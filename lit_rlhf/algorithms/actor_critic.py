@@ -64,23 +64,29 @@ class ActorCriticModule(OnPolicyModule):
             not_negative=("value_coef", "critic_warmup_iterations", "value_gradient"),
         )
 
-    def read(self, minibatch: Experience, entropy: bool = False) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    def read(self, minibatch: Experience) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
         """Read actor and critic on a minibatch.
 
         Returns:
-            The actor's log-probs ``[B, T]`` under ``actor`` (and the policy's ``entropy``); the weighted value loss;
-            what to log about it. A critic with a pass of its own is differentiated before the actor's pass begins, so
-            that the activations of one pass are alive at a time.
+            The actor's log-probs ``[B, T]`` under ``actor`` (and the policy's ``entropy``, where the options ask for
+            it); the weighted value loss; what to log about it. A critic with a pass of its own is differentiated before
+            the actor's pass begins, so that the activations of one pass are alive at a time.
         """
-        b = minibatch
-        arguments = (b.tokens, b.attention_mask, b.mask)
         if self._reads_jointly():
-            read = self.backbone(("actor", "critic"), *arguments, entropy=entropy, value_gradient=self.value_gradient)
-            return read, *self.value_loss(read.pop("critic"), b)
-        loss, stats = self.value_loss(self.backbone(("critic",), *arguments)["critic"], b)
+            read = self.read_for_loss(("actor", "critic"), minibatch)
+            return read, *self.value_loss(read["critic"], minibatch)
+        loss, stats = self.value_loss(self.read_for_loss(("critic",), minibatch)["critic"], minibatch)
         if torch.is_grad_enabled():
             loss = differentiate_now(loss, list(self.backbone.role_parameters("critic").values()))
-        return self.backbone(("actor",), *arguments, entropy=entropy), loss, stats
+        return self.read_for_loss(("actor",), minibatch), loss, stats
+
+    def reading_options(self) -> dict[str, Any]:
+        """Add the factor on the value gradient."""
+        return {**super().reading_options(), "value_gradient": self.value_gradient}
+
+    def roles_to_carry(self, experience: Experience) -> tuple[str, ...]:
+        """The critic's graph, which the loss needs first, or the one graph of both."""
+        return ("actor", "critic") if self._reads_jointly() else ("critic",)
 
     def _reads_jointly(self) -> bool:
         """Whether one graph holds both: they share a pass, or only the trainer's own backward pass will do.
@@ -137,7 +143,7 @@ class _Differentiated(torch.autograd.Function):
     def backward(ctx: Any, above: Tensor) -> Any:
         """Hand them out, once."""
         gradients, ctx.gradients = ctx.gradients, None
-        return None, None, *(gradient * above for gradient in gradients)
+        return None, None, *(gradient.mul_(above) for gradient in gradients)
 
 
 def differentiate_now(loss: Tensor, parameters: list[torch.nn.Parameter]) -> Tensor:

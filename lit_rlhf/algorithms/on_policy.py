@@ -24,6 +24,7 @@ from lit_rlhf.rollout import (
     Scored,
     generate,
     join,
+    read_groups,
 )
 
 
@@ -45,6 +46,8 @@ class OnPolicyModule(BackboneModule):
         minibatch_size: Responses in one minibatch; divides ``rollout_size``.
         inner_epochs: Passes over each rollout.
         rollout_batch_size: Responses generated and scored at once; None takes the whole rollout.
+        group_by_length: Make minibatches of responses of similar length, and score and train them without the padding
+            they share: less work where lengths vary much, at the price of minibatches that are no random samples.
         kl: Controller of the KL penalty's coefficient; None is ``FixedKL(0.05)``.
         kl_estimator: Per-token KL estimate in the penalty.
         score_clip: Clip scores to ``[-score_clip, score_clip]`` after scaling; None does not.
@@ -77,6 +80,7 @@ class OnPolicyModule(BackboneModule):
         minibatch_size: int = 8,
         inner_epochs: int = 1,
         rollout_batch_size: int | None = None,
+        group_by_length: bool = False,
         kl: KLController | None = None,
         kl_estimator: KLEstimator = "k1",
         score_clip: float | None = None,
@@ -108,8 +112,12 @@ class OnPolicyModule(BackboneModule):
         self.log_samples = log_samples
         if problems := self.problems():
             raise ValueError("invalid configuration:\n" + "\n".join(f"  - {problem}" for problem in problems))
+        self._carried: tuple[tuple[str, ...], int, dict[str, Tensor]] | None = None
         base_seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
-        self.rollout_buffer = RolloutBuffer(rollout_size, minibatch_size, inner_epochs, base_seed, samples_per_prompt)
+        self.group_by_length = group_by_length
+        self.rollout_buffer = RolloutBuffer(
+            rollout_size, minibatch_size, inner_epochs, base_seed, samples_per_prompt, group_by_length
+        )
 
     def problems(self) -> list[str]:
         """Return everything wrong with the settings, one line each; subclasses add their own."""
@@ -188,6 +196,7 @@ class OnPolicyModule(BackboneModule):
             experience = self.sample(prompts)
         with phase(self, "scoring"):
             with self.guard.together(self):
+                self._carry(self.carried_roles(experience), experience)
                 texts = self.score(experience, prompts)
             skipped = self.guard.check_rollout(self, experience, texts)
             if not skipped:
@@ -214,7 +223,10 @@ class OnPolicyModule(BackboneModule):
         raise NotImplementedError(f"{type(self).__name__} must define estimate")
 
     def loss(self, minibatch: Experience) -> Tensor:
-        """Hook: return the loss of one minibatch."""
+        """Hook: return the loss of one minibatch.
+
+        Read the policy through :meth:`log_probs`: where the rollout is one minibatch, scoring has read it already.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define loss")
 
     def generate(self, prompts: dict[str, Any], samples: int = 1, greedy: bool = False) -> Experience:
@@ -245,23 +257,62 @@ class OnPolicyModule(BackboneModule):
 
     @torch.no_grad()
     def score(self, experience: Experience, prompts: dict[str, Any]) -> Scored:
-        """Fill log-probs (unless sampling did), reference log-probs, values and scores.
+        """Fill log-probs and values (unless they are known), reference log-probs and scores.
 
         One trunk pass per (trunk, LoRA set). Greedy responses get their scores only. Returns what was scored.
         """
-        known = {"actor"} if experience.log_probs is not None else set()
+        fields = {"actor": experience.log_probs, "critic": experience.values}
+        known = {role for role, field in fields.items() if field is not None}
         read = self._read(tuple(role for role in self.backbone.layout.roles if role not in known), experience)
         experience.log_probs = read.get("actor", experience.log_probs)
         experience.ref_log_probs = read["reference"]
-        experience.values = read.get("critic")
+        experience.values = read.get("critic", experience.values)
         if experience.greedy is not None:
             role_scores = self._read(("reward",), experience.greedy) if self.reward.needs_reward_role else {}
             self._rate(experience.greedy, prompts, role_scores.get("reward"))
         return self._rate(experience, prompts, read.get("reward"))
 
+    def carried_roles(self, experience: Experience) -> tuple[str, ...]:
+        """Return the roles whose pass in training is run in scoring already, and kept with its graph.
+
+        Only where the whole rollout is one minibatch: then the loss reads the same weights on the same rows.
+        """
+        trained = self._trainer is not None and len(self.rollout_buffer) == 1 and not is_sharded(self.backbone)
+        return self.roles_to_carry(experience) if trained else ()
+
+    def roles_to_carry(self, experience: Experience) -> tuple[str, ...]:
+        """Return what :meth:`carried_roles` names; at most one graph is kept, the first that the loss needs."""
+        return ("actor",) if experience.log_probs is None else ()
+
+    def _carry(self, roles: tuple[str, ...], experience: Experience) -> None:
+        if not roles:
+            return
+        with torch.enable_grad():
+            read = self.read_for_loss(roles, experience)
+        self._carried = (roles, experience.tokens.data_ptr(), read)
+        if "critic" in read:
+            experience.values = read["critic"].detach()
+        if experience.log_probs is None and "actor" in read:
+            experience.log_probs = read["actor"].detach()
+
+    def reading_options(self) -> dict[str, Any]:
+        """Return the keyword arguments of the backbone's passes in training."""
+        return {}
+
+    def read_for_loss(self, roles: tuple[str, ...], minibatch: Experience) -> dict[str, Tensor]:
+        """Read roles with gradients, see :meth:`Backbone.forward`; what scoring carried over is handed out once."""
+        b, carried, self._carried = minibatch, self._carried, None
+        if carried is not None and carried[:2] == (roles, b.tokens.data_ptr()):
+            return carried[2]
+        return self.backbone(roles, b.tokens, b.attention_mask, b.mask, **self.reading_options())
+
     def _read(self, roles: tuple[str, ...], experience: Experience) -> dict[str, Tensor]:
-        chunks = experience.split(self.rollout_batch_size)
-        return join([self.backbone(roles, c.tokens, c.attention_mask, c.mask) for c in chunks])
+        def read(part: Experience) -> dict[str, Tensor]:
+            return self.backbone(roles, part.tokens, part.attention_mask, part.mask)
+
+        if self.group_by_length:
+            return read_groups(read, experience, self.minibatch_size)
+        return join([read(chunk) for chunk in experience.split(self.rollout_batch_size)])
 
     def _rate(self, experience: Experience, prompts: dict[str, Any], role_scores: Tensor | None) -> Scored:
         copies = len(experience) // len(prompts["prompts"])
@@ -310,8 +361,7 @@ class OnPolicyModule(BackboneModule):
 
     def log_probs(self, minibatch: Experience) -> Tensor:
         """Return ``[B, T]`` log-probs of the responses under the current policy; the gradient flows through them."""
-        b = minibatch
-        return self.backbone(("actor",), b.tokens, b.attention_mask, b.mask)["actor"]
+        return self.read_for_loss(("actor",), minibatch)["actor"]
 
     def log_training(self, values: dict[str, Tensor], batch_size: int) -> None:
         """Log a minibatch's losses and statistics under ``train/``, averaged over the iteration and all ranks."""

@@ -60,6 +60,10 @@ class PPO(ActorCriticModule):
             self, unit=("gae_lambda",), positive=("clip", "target_kl"), not_negative=("entropy_coef",)
         )
 
+    def reading_options(self) -> dict[str, Any]:
+        """Add the entropy, where it has a weight."""
+        return {**super().reading_options(), "entropy": self.entropy_coef > 0}
+
     def estimate(self, experience: Experience) -> None:
         """Fill advantages (whitened over real tokens of all ranks) and returns (from the raw advantages)."""
         mask, values = experience.mask, experience.require("values")
@@ -71,13 +75,13 @@ class PPO(ActorCriticModule):
 
     def loss(self, minibatch: Experience) -> Tensor:
         """Return policy, value and entropy losses in one: Lightning runs one backward pass."""
-        b, with_entropy = minibatch, self.entropy_coef > 0
-        read, value_loss, value_stats = self.read(b, entropy=with_entropy)
+        b = minibatch
+        read, value_loss, value_stats = self.read(b)
         policy_loss, policy_stats = clipped_policy_loss(
             read["actor"], b.require("log_probs"), b.require("advantages"), b.mask, self.clip, count=b.count
         )
         loss = policy_loss + value_loss
-        if with_entropy:
+        if "entropy" in read:
             loss = loss - self.entropy_coef * entropy_bonus(read["entropy"], b.mask, count=b.count)
         self.log_training({"policy_loss": policy_loss, **policy_stats, **value_stats}, len(b))
         self._watch_kl(policy_stats["approx_kl"])

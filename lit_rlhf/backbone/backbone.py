@@ -191,30 +191,48 @@ class Backbone(nn.Module):
             token t), or scores ``[B]`` (``reward``: at the last response token). All float32.
         """
         results: dict[str, Tensor] = {}
-        responses = mask.shape[1]
-        for (trunk, adapter), group in self.passes(roles).items():
-            hidden = self._hidden(trunk, adapter, tokens, attention_mask)
-            before = hidden[:, -responses - 1 : -1]
-            for name in group:
-                head = self.role(name).head
-                if head == "lm":
-                    results[name], entropies = masked_log_probs(
-                        self.language_model(trunk),
-                        self.logit_transforms[trunk],
-                        before,
-                        tokens[:, -responses:],
-                        mask if lm_mask is None else lm_mask,
-                        self.temperature,
-                        entropy,
-                    )
-                    if entropies is not None:
-                        results["entropy"] = entropies
-                elif head == "value":
-                    factor = value_gradient if len(group) > 1 else 1.0
-                    states = before if factor == 1.0 else scale_gradient(before, factor)
-                    results[name] = self._scalar("value", states).masked_fill(~mask, 0.0)
-                else:
-                    results[name] = self._scalar("reward", gather_last(hidden[:, -responses:], mask))
+        lm_mask = mask if lm_mask is None else lm_mask
+        for where, group in self.passes(roles).items():
+            # In a frame of its own, so that one pass's hidden states are gone before the next begins.
+            results |= self._read_pass(where, group, tokens, attention_mask, mask, lm_mask, entropy, value_gradient)
+        return results
+
+    def _read_pass(
+        self,
+        where: tuple[str, str | None],
+        group: list[str],
+        tokens: Tensor,
+        attention_mask: Tensor,
+        mask: Tensor,
+        lm_mask: Tensor,
+        entropy: bool,
+        value_gradient: float,
+    ) -> dict[str, Tensor]:
+        """Run one trunk pass and read its roles' heads; the arguments are :meth:`forward`'s."""
+        results: dict[str, Tensor] = {}
+        trunk, responses = where[0], mask.shape[1]
+        hidden = self._hidden(*where, tokens, attention_mask)
+        before = hidden[:, -responses - 1 : -1]
+        for name in group:
+            head = self.role(name).head
+            if head == "lm":
+                results[name], entropies = masked_log_probs(
+                    self.language_model(trunk),
+                    self.logit_transforms[trunk],
+                    before,
+                    tokens[:, -responses:],
+                    lm_mask,
+                    self.temperature,
+                    entropy,
+                )
+                if entropies is not None:
+                    results["entropy"] = entropies
+            elif head == "value":
+                factor = value_gradient if len(group) > 1 else 1.0
+                states = before if factor == 1.0 else scale_gradient(before, factor)
+                results[name] = self._scalar("value", states).masked_fill(~mask, 0.0)
+            else:
+                results[name] = self._scalar("reward", gather_last(hidden[:, -responses:], mask))
         return results
 
     def _scalar(self, head: HeadName, hidden: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Rollouts: sampling, rewards, the record of an iteration and its buffer."""
 
 from lit_rlhf.rollout.buffer import RolloutBuffer
-from lit_rlhf.rollout.experience import Experience, join
+from lit_rlhf.rollout.experience import Experience, LengthGroup, join, length_groups, read_groups
 from lit_rlhf.rollout.generation import Sampling, generate
 from lit_rlhf.rollout.rewards import FunctionReward, Reward, RewardError, RoleReward, Scored, WeightedReward
 from lit_rlhf.rollout.scaling import RewardScaler, RewardScaling
@@ -9,6 +9,7 @@ from lit_rlhf.rollout.scaling import RewardScaler, RewardScaling
 __all__ = [
     "Experience",
     "FunctionReward",
+    "LengthGroup",
     "Reward",
     "RewardError",
     "RewardScaler",
@@ -20,4 +21,6 @@ __all__ = [
     "WeightedReward",
     "generate",
     "join",
+    "length_groups",
+    "read_groups",
 ]

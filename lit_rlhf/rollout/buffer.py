@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from lit_rlhf.rollout.experience import Experience
+from lit_rlhf.rollout.experience import Experience, LengthGroup, length_groups
 
 
 def iteration_seed(seed: int, iteration: int, rank: int) -> int:
@@ -38,16 +38,24 @@ class RolloutBuffer(Callback):
         inner_epochs: Passes over the rollout.
         seed: Base seed; a resumed run keeps the seed it began with.
         samples_per_prompt: Responses to each prompt; divides ``rollout_size``.
+        group_by_length: Minibatches of samples of similar length, the same ones in every inner epoch.
     """
 
     def __init__(
-        self, rollout_size: int, minibatch_size: int, inner_epochs: int, seed: int, samples_per_prompt: int = 1
+        self,
+        rollout_size: int,
+        minibatch_size: int,
+        inner_epochs: int,
+        seed: int,
+        samples_per_prompt: int = 1,
+        group_by_length: bool = False,
     ) -> None:
         self.rollout_size = rollout_size
         self.samples_per_prompt = samples_per_prompt
         self.minibatch_size = minibatch_size
         self.inner_epochs = inner_epochs
         self.seed = seed
+        self.group_by_length = group_by_length
         self.experience: Experience | None = None
         self.samples: list[dict[str, Any]] = []
         self._sampler: DistributedSampler[Any] | None = None
@@ -71,22 +79,32 @@ class RolloutBuffer(Callback):
                 "the rollout buffer is empty: it was iterated outside a training epoch, or a checkpoint was saved in "
                 "the middle of an iteration"
             )
-        for index, count in zip(self._order(), self._counts, strict=True):
-            minibatch = self.experience[index.to(self.experience.tokens.device)]
+        for group, count in zip(self._order(), self._counts, strict=True):
+            # A rollout of one minibatch keeps its order and its memory: the loss may use what scoring read of it.
+            minibatch = self.experience[:] if len(self) == 1 else group.take(self.experience)
             minibatch.count = count
             yield minibatch
 
-    def _order(self) -> list[Tensor]:
-        """Return the rows of each of the iteration's minibatches."""
+    def _order(self) -> list[LengthGroup]:
+        """Return the rows of each of the iteration's minibatches, and the columns they need."""
+        assert self.experience is not None
         generator = torch.Generator().manual_seed(self._order_seed)
+        if self.group_by_length:
+            groups = length_groups(self.experience, self.minibatch_size)
+            return [
+                groups[i] for _ in range(self.inner_epochs) for i in torch.randperm(len(groups), generator=generator)
+            ]
+        responses = self.experience.mask.shape[1]
+        prompts = self.experience.tokens.shape[1] - responses
         orders = [torch.randperm(self.rollout_size, generator=generator) for _ in range(self.inner_epochs)]
-        return [index for order in orders for index in order.split(self.minibatch_size)]
+        rows = [index for order in orders for index in order.split(self.minibatch_size)]
+        return [LengthGroup(index.to(self.experience.tokens.device), prompts, responses) for index in rows]
 
     def _count_tokens(self, trainer: Trainer) -> Tensor:
         """Return ``[len(self)]`` float: the divisor of each minibatch's token losses, see :class:`Experience`."""
         assert self.experience is not None
         lengths = self.experience.mask.sum(dim=1).float()
-        counts = torch.stack([lengths[index.to(lengths.device)].sum() for index in self._order()])
+        counts = torch.stack([lengths[group.rows].sum() for group in self._order()])
         counts = trainer.strategy.reduce(counts, reduce_op="mean")
         steps = counts.split(trainer.accumulate_grad_batches)
         return torch.cat([step.mean().expand(len(step)) for step in steps])

@@ -1,11 +1,12 @@
 """The record of one rollout."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 
@@ -65,6 +66,17 @@ class Experience:
         """Return consecutive chunks of at most ``size`` samples, as views."""
         return [self[start : start + size] for start in range(0, len(self), size)]
 
+    def trim(self, prompt: int, response: int) -> "Experience":
+        """Return the record with ``prompt`` and ``response`` columns left: padding dropped at both ends, as views."""
+        width, longest = self.tokens.shape[1], self.mask.shape[1]
+        columns = slice(width - longest - prompt, width - longest + response)
+        kept: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor) and value.dim() == 2:
+                kept[f.name] = value[:, columns] if value.shape[1] == width else value[:, :response]
+        return replace(self, **kept)
+
     def decode(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """Return the response texts, special tokens removed."""
         rows = self.tokens[:, -self.mask.shape[1] :].tolist()
@@ -82,6 +94,51 @@ class Experience:
         if value is None:
             raise ValueError(f"experience has no {name} yet: the step that fills it has not run")
         return value
+
+
+class LengthGroup(NamedTuple):
+    """Samples of similar length, and the columns that they need."""
+
+    rows: Tensor
+    prompt: int
+    response: int
+
+    def take(self, experience: Experience) -> Experience:
+        """Return the group's samples without the padding that all of them have."""
+        return experience[self.rows].trim(self.prompt, self.response)
+
+
+def length_groups(experience: Experience, size: int) -> list[LengthGroup]:
+    """Sort the samples by length and cut them into groups of at most ``size``.
+
+    The groups depend on the masks alone: scoring and training see the same padding, which ratio 1 needs in bf16.
+    """
+    responses = experience.mask.sum(dim=1).cpu()
+    prompts = experience.attention_mask.sum(dim=1).cpu() - responses
+    order = torch.argsort(prompts + responses, stable=True)
+    return [
+        LengthGroup(index.to(experience.tokens.device), int(prompts[index].max()), int(responses[index].max()))
+        for index in order.split(size)
+    ]
+
+
+def read_groups(
+    read: Callable[[Experience], dict[str, Tensor]], experience: Experience, size: int
+) -> dict[str, Tensor]:
+    """Read the experience in groups of similar length; return ``[N]`` and ``[N, T]`` tensors in its own order.
+
+    Args:
+        read: Returns ``[b]`` or ``[b, T']`` tensors for ``b`` samples whose longest response has ``T'`` tokens.
+        experience: N samples.
+        size: Samples in a group.
+    """
+    groups, width = length_groups(experience, size), experience.mask.shape[1]
+    parts = []
+    for group in groups:
+        found = read(group.take(experience))
+        parts.append({k: F.pad(t, (0, width - t.shape[1])) if t.dim() == 2 else t for k, t in found.items()})
+    back = torch.argsort(torch.cat([group.rows for group in groups]))
+    return {name: tensor[back] for name, tensor in join(parts).items()}
 
 
 def join(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

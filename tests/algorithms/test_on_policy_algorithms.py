@@ -532,3 +532,44 @@ def test_it_learns_over_five_seeds(kind: type[OnPolicyModule], varied_checkpoint
         gains.append(sum(scores[-5:]) / 5 - sum(scores[:5]) / 5)
     low, _ = mean_ci95(gains).ci95
     assert low > 0.0, gains
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("kind", "keep"), [(PPO, True), (PPO, False), (RLOO, False)])
+def test_a_rollout_of_one_minibatch_is_not_read_twice_for_the_loss(
+    kind: type[OnPolicyModule], keep: bool, layout: str, artefacts: dict[str, Any], prompts: PromptData, tmp_path: Path
+) -> None:
+    """The pass with the graph serves scoring too: one pass fewer, the same weights."""
+    ends, passes = [], []
+    for carried in (False, True):
+        extra = {"samples_per_prompt": 2} if kind is RLOO else {"entropy_coef": 0.01, "value_gradient": 0.5}
+        settings = dict(layout=layout, keep_log_probs=keep, minibatch_size=8, **extra, **artefacts[layout])
+        module = make(kind, **settings)
+        if not carried:
+            module.carried_roles = lambda experience: ()
+        record = CountedPasses()
+        trainer = make_trainer(tmp_path / str(carried), 2)
+        trainer.callbacks.append(record)
+        trainer.fit(module, prompts)
+        ends.append({name: value.clone() for name, value in module.state_dict().items()})
+        passes.append(record.count)
+        assert module._carried is None
+    assert passes[0] - passes[1] == 2  # one in each of the two iterations
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+class CountedPasses(L.Callback):
+    """Counts trunk passes outside generation."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_fit_start(self, trainer: Any, module: Any) -> None:
+        hidden = module.backbone._hidden
+
+        def counted(*args: Any) -> Tensor:
+            self.count += 1
+            return hidden(*args)
+
+        module.backbone._hidden = counted

@@ -46,8 +46,23 @@ def _chunk_grad_logits(
     return result
 
 
+def _squashed(logits: Tensor, options: _Options) -> Tensor | None:
+    """The tanh inside the soft cap, in a buffer of its own."""
+    return None if options.softcap is None else logits * (options.temperature / options.softcap)
+
+
+def _through_transform(d: Tensor, squashed: Tensor | None, options: _Options) -> Tensor:
+    """Turn the gradient for the final logits into that for the raw ones, in place."""
+    d.mul_(options.scale / options.temperature)
+    return d if squashed is None else d.mul_(squashed.square_().neg_().add_(1))
+
+
 class _TokenLogProbs(torch.autograd.Function):
-    """Chunked over tokens; the backward pass computes the logits a second time instead of keeping them."""
+    """Chunked over tokens; the backward pass computes the logits a second time instead of keeping them.
+
+    Where only ``hidden`` is to be differentiated it need not: d log p_y / d hidden does not depend on what comes from
+    above but for a factor a token, so the forward pass leaves that ``[N, H]`` behind in place of ``hidden``.
+    """
 
     @staticmethod
     def forward(
@@ -55,10 +70,13 @@ class _TokenLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         n, dtype = len(targets), result_dtype(hidden)
         log_probs, log_norm, entropy = (torch.empty(n, dtype=dtype, device=hidden.device) for _ in range(3))
+        needs = ctx.needs_input_grad
+        slope = torch.empty_like(hidden) if needs[0] and not (needs[1] or needs[2] or options.with_entropy) else None
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, n, options.chunk_size):
                 part = slice(start, min(start + options.chunk_size, n))
                 logits = _chunk_logits(hidden[part], weight, bias, options)
+                squashed = _squashed(logits, options) if slope is not None else None
                 top = logits.amax(1)
                 chosen = logits.gather(1, targets[part].unsqueeze(1)).squeeze(1) - top
                 mass = logits.sub_(top.unsqueeze(1)).exp_()
@@ -68,8 +86,16 @@ class _TokenLogProbs(torch.autograd.Function):
                 log_norm[part] = log_total + top
                 if options.with_entropy:
                     entropy[part] = log_total + torch.special.entr(mass, out=mass).sum(1) / total
-                del logits, mass
-        ctx.save_for_backward(hidden, weight, bias, targets, log_norm, entropy)
+                if slope is not None:
+                    d = mass.div_(total.neg().unsqueeze(1))
+                    d[torch.arange(len(top), device=d.device), targets[part]] += 1
+                    slope[part] = _through_transform(d, squashed, options).to(weight.dtype) @ weight
+                    del d
+                del logits, mass, squashed
+        if slope is not None:
+            ctx.save_for_backward(slope)
+        else:
+            ctx.save_for_backward(hidden, weight, bias, targets, log_norm, entropy)
         ctx.options = options
         if not options.with_entropy:
             ctx.mark_non_differentiable(entropy)
@@ -78,6 +104,9 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        if len(ctx.saved_tensors) == 1:
+            (slope,) = ctx.saved_tensors
+            return (slope * grad.unsqueeze(1)).to(slope.dtype), None, None, None, None
         hidden, weight, bias, targets, log_norm, entropy = ctx.saved_tensors
         options: _Options = ctx.options
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -89,13 +118,10 @@ class _TokenLogProbs(torch.autograd.Function):
             for start in range(0, len(targets), options.chunk_size):
                 part = slice(start, min(start + options.chunk_size, len(targets)))
                 logits = _chunk_logits(hidden[part], weight, bias, options)
-                cap = options.softcap
-                squashed = None if cap is None else logits * (options.temperature / cap)
+                squashed = _squashed(logits, options)
                 extra = (entropy[part], grad_entropy[part]) if options.with_entropy else None
                 d = _chunk_grad_logits(logits, targets[part], log_norm[part], grad[part], extra)
-                d.mul_(options.scale / options.temperature)
-                if squashed is not None:
-                    d.mul_(squashed.square_().neg_().add_(1))
+                d = _through_transform(d, squashed, options)
                 if grad_bias is not None:
                     grad_bias += d.sum(0)
                 del logits, squashed, extra

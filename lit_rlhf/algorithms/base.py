@@ -20,6 +20,7 @@ from lit_rlhf.backbone import (
     Quantization,
     build_backbone,
     check_artefacts,
+    compile_layers,
     fingerprint_parents,
     load_tokenizer,
     make_record,
@@ -43,8 +44,13 @@ class BackboneModule(L.LightningModule):
         policy_checkpoint: Stage checkpoint the policy trunks start from; None starts from ``model`` itself.
         quantization: ``int8`` or ``nf4`` holds frozen trunks in 8 or 4 bits (bitsandbytes, on CUDA).
         gradient_checkpointing: Recompute activations in backward: less memory, more time.
+        compile_layers: Compile the decoder layers with ``torch.compile`` for scoring and training; not together with
+            ``gradient_checkpointing``.
         on_non_finite: At a NaN or infinity in reward, log-probs, loss or gradient, ``raise`` stops the run and names
             the samples; ``skip_step`` leaves that optimizer step out and counts it.
+
+    Raises:
+        ValueError: Settings exclude each other.
     """
 
     lr_interval: ClassVar[str] = "step"
@@ -62,13 +68,18 @@ class BackboneModule(L.LightningModule):
         policy_checkpoint: str | None = None,
         quantization: Quantization | None = None,
         gradient_checkpointing: bool = False,
+        compile_layers: bool = False,
         on_non_finite: OnNonFinite = "raise",
     ) -> None:
         super().__init__()
+        if compile_layers and gradient_checkpointing:
+            # The context that puts the right LoRA set back in recomputation is none that torch can trace.
+            raise ValueError("compile_layers and gradient_checkpointing exclude each other; leave one of them out")
         self.spec = BackboneSpec(model, tokenizer, dtype, lora, policy_checkpoint, quantization=quantization)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.gradient_checkpointing = gradient_checkpointing
+        self.compile_layers = compile_layers
         self.guard = NumericalGuard(on_non_finite)
         # Checkpoints hold the trainables only; `on_load_checkpoint` compares the names instead.
         self.strict_loading = False
@@ -123,6 +134,8 @@ class BackboneModule(L.LightningModule):
         self.spec.fingerprints = fingerprint_parents(self.spec)
         self.backbone = build_backbone(self.spec, layout, self.gradient_checkpointing, self.temperature)
         self._eos_ids = sorted({int(self.tokenizer.eos_token_id), *self.backbone.eos_token_ids})
+        if self.compile_layers:
+            compile_layers(self.backbone)
         if self.device_mesh is not None:
             shard(self, self.backbone, self.device_mesh["data_parallel"], self.entry_methods)
 

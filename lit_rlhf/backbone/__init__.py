@@ -2,6 +2,7 @@
 
 from lit_rlhf.backbone.adapters import AdapterSwitch, LoraArgs
 from lit_rlhf.backbone.backbone import Backbone, build_backbone
+from lit_rlhf.backbone.compilation import compile_layers
 from lit_rlhf.backbone.loading import DType, load_language_model, load_tokenizer, resolve_source
 from lit_rlhf.backbone.lora_sets import LoraSet, RoleModel
 from lit_rlhf.backbone.quantization import Quantization
@@ -34,6 +35,7 @@ __all__ = [
     "Trunk",
     "build_backbone",
     "check_artefacts",
+    "compile_layers",
     "find_layout",
     "fingerprint_parents",
     "is_sharded",

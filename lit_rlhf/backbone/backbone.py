@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ class Backbone(nn.Module):
             lora.check_sets(layout.trained_adapters)
         self.layout = layout
         self.temperature = temperature
+        self.compiled = False
         self.gradient_checkpointing = gradient_checkpointing
         for model in trunks.values():
             model.eval()
@@ -142,7 +143,9 @@ class Backbone(nn.Module):
     def use(self, role: str) -> Iterator[PreTrainedModel]:
         """Give a role's language model, its LoRA set on, ready for ``generate``."""
         where = self.role(role)
-        with self._switches[where.trunk].use(where.adapter):
+        # A step of one token with a growing cache would be compiled over and over.
+        eager = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+        with eager, self._switches[where.trunk].use(where.adapter):
             yield self.language_model(where.trunk)
 
     def role_parameters(self, role: str) -> dict[str, nn.Parameter]:

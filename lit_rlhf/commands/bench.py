@@ -21,6 +21,7 @@ class Workload:
         precision: Dtype of the trunks. LoRA sets and heads are float32.
         lora_r: Rank of the LoRA sets, on all linear layers.
         gradient_checkpointing: Recompute activations in backward.
+        compile_layers: Compile the decoder layers for scoring and training.
         accelerator: Lightning's: auto, cpu, gpu.
         seed: Seed of prompts and sampling.
 
@@ -39,6 +40,7 @@ class Workload:
     precision: Literal["float32", "bfloat16"] = "float32"
     lora_r: int = 16
     gradient_checkpointing: bool = False
+    compile_layers: bool = False
     accelerator: str = "auto"
     seed: int = 0
 

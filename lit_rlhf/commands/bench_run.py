@@ -121,6 +121,7 @@ def make_module(layout: str, algorithm: str, workload: Workload, folder: Path) -
     return find_algorithm(algorithm)(
         model=workload.model, optimizer=adamw, layout=layout, lora=LoraArgs(r=workload.lora_r),
         dtype=workload.precision, gradient_checkpointing=workload.gradient_checkpointing,
+        compile_layers=workload.compile_layers,
         sampling=Sampling(max_new_tokens=length, min_new_tokens=length), inner_epochs=workload.inner_epochs,
         rollout_size=workload.batch_size, minibatch_size=workload.minibatch_size or workload.batch_size,
         seed=workload.seed, **settings,

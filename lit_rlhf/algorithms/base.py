@@ -1,6 +1,7 @@
 """What every algorithm shares: the backbone, its optimizer, and checkpoints that hold only what was trained."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, ClassVar
 
@@ -20,13 +21,16 @@ from lit_rlhf.backbone import (
     Quantization,
     build_backbone,
     check_artefacts,
+    data_parallel_mesh,
     fingerprint_parents,
     load_tokenizer,
     make_record,
     read_spec,
     shard,
+    without_weights,
 )
 from lit_rlhf.callbacks import NumericalGuard, OnNonFinite, SafeCheckpoints, StopOnSigterm
+from lit_rlhf.strategies import check_strategy
 
 
 class BackboneModule(L.LightningModule):
@@ -78,11 +82,13 @@ class BackboneModule(L.LightningModule):
         self._eos_ids: list[int] = []
 
     def setup(self, stage: str) -> None:
-        """Refuse the one precision that would cast LoRA sets, heads and Adam's moments along with the trunk.
+        """Refuse strategies that train wrongly, and precisions that would cast LoRA sets, heads and Adam's moments.
 
         Raises:
+            StrategyError: See :func:`lit_rlhf.strategies.check_strategy`.
             ValueError: The trainer's precision is ``bf16-true`` or ``16-true``.
         """
+        check_strategy(self.trainer.strategy)
         if str(self.trainer.precision) in ("bf16-true", "16-true"):
             raise ValueError(
                 f"precision {self.trainer.precision} would cast LoRA sets, heads and optimizer state too. Use "
@@ -115,16 +121,26 @@ class BackboneModule(L.LightningModule):
         return self._eos_ids
 
     def configure_model(self) -> None:
-        """Build the backbone, once."""
+        """Build the backbone, once; on the ranks of a sharded run that are not the first, without weights.
+
+        Raises:
+            StrategyError: The device mesh has a tensor-parallel dimension.
+        """
         if hasattr(self, "backbone"):
             return
+        mesh = None if self.device_mesh is None else data_parallel_mesh(self.device_mesh)
+        # bitsandbytes quantises while it loads, and its tensors carry state of their own: every rank loads those.
+        shared = mesh is not None and mesh.size() > 1 and self.spec.quantization is None
+        skeleton = shared and mesh is not None and mesh.get_local_rank() > 0
         layout = self.make_layout()
         check_artefacts(self.spec, layout)
         self.spec.fingerprints = fingerprint_parents(self.spec)
-        self.backbone = build_backbone(self.spec, layout, self.gradient_checkpointing, self.temperature)
+        with without_weights() if skeleton else nullcontext():
+            self.backbone = build_backbone(self.spec, layout, self.gradient_checkpointing, self.temperature)
         self._eos_ids = sorted({int(self.tokenizer.eos_token_id), *self.backbone.eos_token_ids})
-        if self.device_mesh is not None:
-            shard(self, self.backbone, self.device_mesh["data_parallel"], self.entry_methods)
+        if mesh is not None:
+            reshard = getattr(self.trainer.strategy, "reshard_after_forward", True)
+            shard(self, self.backbone, mesh, self.entry_methods, reshard, from_first_rank=shared)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's parameter groups."""

@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.backbone import (
@@ -168,7 +169,9 @@ class BackboneModule(L.LightningModule):
         return {key: value for key, value in state.items() if key in trained}
 
     def _record(self) -> dict[str, Any]:
-        algorithm = f"{type(self).__module__}.{type(self).__qualname__}"
+        # fully_shard puts a class of its own in front.
+        kind = next(cls for cls in type(self).__mro__ if not issubclass(cls, FSDPModule))
+        algorithm = f"{kind.__module__}.{kind.__qualname__}"
         return make_record(algorithm, self.spec, self.backbone.layout, self.backbone.trainable_names)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -47,7 +47,8 @@ class Watch(L.Callback):
         return {
             "weights": {name: whole(p) for name, p in module.backbone.named_parameters()},
             "optimizer": {i: {k: whole(v) for k, v in s.items()} for i, s in optimizer["state"].items()},
-            "counters": [trainer.current_epoch, trainer.global_step, module.kl.value, module.reward_scaler.state_dict()],
+            "counters": [trainer.current_epoch, trainer.global_step, module.kl.value,
+                         module.reward_scaler.state_dict()],
         }
     def save(self, trainer, module, moment):
         state = self.state_of(trainer, module)

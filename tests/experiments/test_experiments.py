@@ -43,10 +43,10 @@ HYDRA_STAGES = {
 
 
 def each_file_once(commands: list[Command]) -> Iterator[Any]:
-    """The commands; those of which each file stands in an earlier one too are slow."""
+    """The commands; those of which each file stands in an earlier one too are slow, and those on several ranks."""
     seen: set[Path] = set()
     for command in commands:
-        known = seen.issuperset(command.files)
+        known = seen.issuperset(command.files) or command.ranks > 1
         yield pytest.param(command, id=str(command), marks=pytest.mark.slow if known else ())
         seen.update(command.files)
 

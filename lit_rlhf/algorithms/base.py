@@ -24,6 +24,7 @@ from lit_rlhf.backbone import (
     check_artefacts,
     data_parallel_mesh,
     fingerprint_parents,
+    is_sharded,
     load_tokenizer,
     make_record,
     read_spec,
@@ -122,26 +123,26 @@ class BackboneModule(L.LightningModule):
         return self._eos_ids
 
     def configure_model(self) -> None:
-        """Build the backbone, once; on the ranks of a sharded run that are not the first, without weights.
+        """Build the backbone, once, and shard it under FSDP2.
 
         Raises:
             StrategyError: The device mesh has a tensor-parallel dimension.
         """
-        if hasattr(self, "backbone"):
-            return
         mesh = None if self.device_mesh is None else data_parallel_mesh(self.device_mesh)
         # bitsandbytes quantises while it loads, and its tensors carry state of their own: every rank loads those.
-        shared = mesh is not None and mesh.size() > 1 and self.spec.quantization is None
-        skeleton = shared and mesh is not None and mesh.get_local_rank() > 0
-        layout = self.make_layout()
-        check_artefacts(self.spec, layout)
-        self.spec.fingerprints = fingerprint_parents(self.spec)
-        with without_weights() if skeleton else nullcontext():
-            self.backbone = build_backbone(self.spec, layout, self.gradient_checkpointing, self.temperature)
+        from_first_rank = mesh is not None and mesh.size() > 1 and self.spec.quantization is None
+        if not hasattr(self, "backbone"):
+            skeleton = from_first_rank and mesh is not None and mesh.get_local_rank() > 0
+            layout = self.make_layout()
+            check_artefacts(self.spec, layout)
+            self.spec.fingerprints = fingerprint_parents(self.spec)
+            with without_weights() if skeleton else nullcontext():
+                self.backbone = build_backbone(self.spec, layout, self.gradient_checkpointing, self.temperature)
+        if mesh is not None and not is_sharded(self.backbone):
+            strategy = None if self._trainer is None else self._trainer.strategy
+            reshard = getattr(strategy, "reshard_after_forward", True)
+            shard(self, self.backbone, mesh, self.entry_methods, reshard, from_first_rank)
         self._eos_ids = sorted({int(self.tokenizer.eos_token_id), *self.backbone.eos_token_ids})
-        if mesh is not None:
-            reshard = getattr(self.trainer.strategy, "reshard_after_forward", True)
-            shard(self, self.backbone, mesh, self.entry_methods, reshard, from_first_rank=shared)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's parameter groups."""

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any, ClassVar
 
 import lightning as L
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
@@ -206,6 +207,17 @@ class BackboneModule(L.LightningModule):
         for name, value in values.items():
             key = f"{prefix}/{name}"
             self.log(key, value, prog_bar=key in self.progress_metrics, **kwargs)
+
+    def mean_over_ranks(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return 0-dim values averaged over all ranks, at once.
+
+        For logging by epoch: ``sync_dist`` averages when a value is first asked for, and the first rank's progress bar
+        asks before the other ranks do.
+        """
+        if self._trainer is None or self.trainer.world_size == 1:
+            return dict(values)
+        stacked = torch.stack([value.float().to(self.device) for value in values.values()])
+        return dict(zip(values, self.trainer.strategy.reduce(stacked, reduce_op="mean").unbind(), strict=True))
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all ranks (without a trainer: itself)."""

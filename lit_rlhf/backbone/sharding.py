@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed import broadcast, broadcast_object_list
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -86,8 +86,8 @@ def shard(
 
 
 def is_sharded(backbone: Backbone) -> bool:
-    """Whether :func:`shard` has run."""
-    return any(isinstance(parameter, DTensor) for parameter in backbone.parameters())
+    """Whether :func:`shard` has run; parameters cannot tell, since gathered ones look like any others."""
+    return any(isinstance(module, FSDPModule) for module in backbone.modules())
 
 
 def _agree(backbone: Backbone, mesh: Any) -> dict[int, torch.dtype]:

@@ -3,11 +3,11 @@
 from lit_rlhf.backbone.adapters import AdapterSwitch, LoraArgs
 from lit_rlhf.backbone.backbone import Backbone, build_backbone
 from lit_rlhf.backbone.compilation import compile_layers
-from lit_rlhf.backbone.loading import DType, load_language_model, load_tokenizer, resolve_source
+from lit_rlhf.backbone.loading import DType, load_language_model, load_tokenizer, resolve_source, without_weights
 from lit_rlhf.backbone.lora_sets import LoraSet, RoleModel
 from lit_rlhf.backbone.quantization import Quantization
 from lit_rlhf.backbone.roles import LAYOUTS, Layout, Role, Trunk, find_layout, supervised_layout
-from lit_rlhf.backbone.sharding import is_sharded, shard
+from lit_rlhf.backbone.sharding import StrategyError, data_parallel_mesh, is_sharded, shard
 from lit_rlhf.backbone.stages import (
     RECORD_KEY,
     BackboneSpec,
@@ -32,10 +32,12 @@ __all__ = [
     "Role",
     "RoleModel",
     "StageCheckpoint",
+    "StrategyError",
     "Trunk",
     "build_backbone",
     "check_artefacts",
     "compile_layers",
+    "data_parallel_mesh",
     "find_layout",
     "fingerprint_parents",
     "is_sharded",
@@ -46,4 +48,5 @@ __all__ = [
     "resolve_source",
     "shard",
     "supervised_layout",
+    "without_weights",
 ]

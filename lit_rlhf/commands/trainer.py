@@ -23,6 +23,7 @@ from lit_rlhf.callbacks import CheckpointError, IterationProgress, NonFiniteErro
 from lit_rlhf.commands.run import silence_warnings
 from lit_rlhf.data import DataError
 from lit_rlhf.rollout import RewardError
+from lit_rlhf.strategies import StrategyError, refuse_strategy
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "logger": {
@@ -87,6 +88,7 @@ class CLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer; a setting that a constructor refuses is an error message, not a traceback."""
+        self._check_strategy()
         try:
             super().instantiate_classes()
         except ValueError as error:
@@ -97,6 +99,13 @@ class CLI(LightningCLI):
                 raise cause from cause.__cause__
             print(f"lit-rlhf: {cause}", file=sys.stderr)
             raise SystemExit(1) from error
+
+    def _check_strategy(self) -> None:
+        """Refuse a strategy before Lightning asks for its package or its accelerator."""
+        strategy = self._get(self.config, "trainer.strategy")
+        name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", None)
+        if name is not None:
+            refuse_strategy(name)
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would merge the checkpoint's hyper-parameters over the command line.
@@ -146,7 +155,7 @@ def main(args: list[str] | None) -> None:
         if checkpoint := getattr(stop, "checkpoint", None):
             say(f"resume with\n  {resume_command(sys.argv[1:] if args is None else args, checkpoint)}")
         raise
-    except (CheckpointError, DataError, NonFiniteError, RewardError) as error:
+    except (CheckpointError, DataError, NonFiniteError, RewardError, StrategyError) as error:
         say(str(error))
         raise SystemExit(1) from error
 

@@ -67,7 +67,7 @@ class DynamicDecoder:
 
     def _prefill(self, tokens: Tensor, mask: Tensor, **inputs: Any) -> Any:
         if self._takes_positions:
-            inputs["position_ids"] = position_ids(mask)
+            inputs["position_ids"] = position_ids(mask)[:, : tokens.shape[1]]
         if "logits_to_keep" in inspect.signature(self._model.forward).parameters:
             # An index, not a count: a slice of one column is not contiguous, and a CPU then reads the head once a row.
             inputs["logits_to_keep"] = torch.tensor([tokens.shape[1] - 1], device=tokens.device)

@@ -120,7 +120,8 @@ def _filled_up(rows: Tensor, count: int) -> Tensor:
 
 
 def _copy_rows(source: StaticCache, target: StaticCache, index: Tensor) -> None:
-    for old, new in zip(source.layers, target.layers, strict=True):
+    layers: list[tuple[Any, Any]] = list(zip(source.layers, target.layers, strict=True))
+    for old, new in layers:
         keys, values = old.keys[index], old.values[index]
         if not new.is_initialized:
             new.lazy_initialization(keys, values)

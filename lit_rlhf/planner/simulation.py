@@ -215,9 +215,12 @@ def _step(model: Any, batch: int, tokens: int, cache: Any) -> Any:
 
 
 def _sample(output: Any) -> None:
-    """What one sampling step keeps: float32 logits, their softmax, the draw."""
-    probabilities = output.logits[:, -1].float().softmax(dim=-1)
-    inverse_cdf(probabilities, torch.zeros(len(probabilities), dtype=torch.float64))
+    """What one sampling step keeps: float32 logits, their softmax; both again without the EOS; the draw."""
+    logits = output.logits[:, -1].float()
+    policy = logits.softmax(dim=-1)
+    allowed = logits.clone()
+    inverse_cdf(allowed.softmax(dim=-1), torch.zeros(len(logits), dtype=torch.float64))
+    del policy
 
 
 def _cached(cache: Any) -> Iterator[Tensor]:

@@ -105,27 +105,33 @@ class DynamicDecoder:
 
 def decode(
     decoder: DynamicDecoder,
-    logits: Tensor,
+    model: PreTrainedModel,
+    tokens: Tensor,
+    attention_mask: Tensor,
     sampler: Sampler,
-    max_new_tokens: int,
     pad_id: int,
-    eos: Tensor,
     in_step: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Choose tokens until every row has ended, or after ``max_new_tokens``.
+) -> tuple[Tensor, Tensor] | None:
+    """Choose tokens until every row has ended, or has its most.
 
     Args:
-        decoder: Has read the prompts.
-        logits: ``[B, V]``, what :meth:`DynamicDecoder.start` returned.
-        sampler: Chooses.
-        max_new_tokens: Longest response.
+        decoder: Reads the model.
+        model: The language model.
+        tokens: ``[N, P]`` long, left-padded prompts.
+        attention_mask: ``[N, P]`` bool, True = token counts.
+        sampler: Chooses; its B rows are N prompts' copies, those of a prompt together.
         pad_id: Fills responses after their end.
-        eos: ``[E]`` long, every id that ends a response.
         in_step: Go on, on all ranks, until the last rank's rows have ended.
 
     Returns:
-        ``[B, T]`` long responses, padded to the longest, and their float32 log-probs, undefined at the padding.
+        ``[B, T]`` long responses, padded to the longest, and their float32 log-probs, undefined at the padding. None
+        where the decoder cannot read the model.
     """
+    count, max_new_tokens = sampler.uniforms.shape
+    logits = decoder.start(model, tokens, attention_mask, count // len(tokens), max_new_tokens)
+    if logits is None:
+        return None
+    eos = sampler.eos_ids
     responses = torch.full((len(logits), max_new_tokens), pad_id, device=logits.device)
     log_probs = torch.zeros(responses.shape, device=logits.device)
     rows = torch.arange(len(logits), device=logits.device)
@@ -133,6 +139,7 @@ def decode(
     every = CHECK_EVERY.get(logits.device.type, CHECK_EVERY_ELSEWHERE)
     for step in range(max_new_tokens):
         tokens, log_probs[rows, step] = sampler(logits, step, rows)
+        del logits  # not to be held while the next are computed
         tokens = tokens.masked_fill(ended, pad_id)
         responses[rows, step] = tokens
         ended = ended | torch.isin(tokens, eos)
@@ -140,13 +147,14 @@ def decode(
             break
         if (step + 1) % every == 0:
             open_rows = int((~ended).sum())
-            if not _anywhere(open_rows > 0, in_step, logits.device):
+            if not _anywhere(open_rows > 0, in_step, rows.device):
                 break
             if decoder.can_shrink and 0 < open_rows <= SHRINK_BELOW * len(rows):
                 index = (~ended).nonzero()[:, 0]
                 decoder.keep(index)
                 rows, tokens, ended = rows[index], tokens[index], ended[index]
         logits = decoder.step(tokens)
+    decoder.finish()
     sampler.check()
     longest = _longest(responses, eos)
     return responses[:, :longest], log_probs[:, :longest]

@@ -75,12 +75,9 @@ def generate(
         rows = slice(first * per_prompt, (first + prompts_at_once) * per_prompt)
         sampler = Sampler(sampling, uniforms[rows], is_greedy[rows], eos)
         decoder = decoder or DynamicDecoder()
-        logits = decoder.start(model, tokens[prompts], attention_mask[prompts], per_prompt, sampling.max_new_tokens)
-        if logits is None:
+        part = decode(decoder, model, tokens[prompts], attention_mask[prompts], sampler, pad_id, in_step)
+        if part is None:
             part = _generate_elsewhere(model, tokens[prompts], attention_mask[prompts], sampler, pad_id, in_step)
-        else:
-            part = decode(decoder, logits, sampler, sampling.max_new_tokens, pad_id, eos, in_step)
-            decoder.finish()
         parts.append(part[0])
         log_probs.append(part[1])
     prompt_mask = attention_mask.bool().repeat_interleave(per_prompt, dim=0)

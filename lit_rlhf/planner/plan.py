@@ -310,7 +310,7 @@ class Planner:
         key = (phase, row.algorithm, sizes, passes_of(row.layout, roles))
         if key not in self._done:
             run: Callable[[Simulation], Peaks] = {
-                "generation": lambda s: s.generation(sizes, self.setting.per_prompt, self.setting.keep_log_probs),
+                "generation": lambda s: s.generation(sizes, self.setting.per_prompt),
                 "scoring": lambda s: s.scoring(roles, sizes),
                 "training": lambda s: s.training(row.algorithm, sizes),
             }[phase]

@@ -20,6 +20,7 @@ from lit_rlhf.functional import position_ids
 from lit_rlhf.planner.live import WorstCaseLive
 from lit_rlhf.planner.shapes import vocabulary
 from lit_rlhf.planner.steps import make_module, minibatch_loss
+from lit_rlhf.rollout.sampling import inverse_cdf
 
 Peaks = dict[str, Counter[str]]
 
@@ -146,27 +147,26 @@ class Simulation:
         return live.peaks
 
     @torch.no_grad()
-    def generation(self, sizes: Sizes, per_prompt: int = 1, keep_log_probs: bool = False) -> Peaks:
+    def generation(self, sizes: Sizes, per_prompt: int = 1) -> Peaks:
         """Read the prompts, and then the last token of the responses with the cache full; sample from the logits.
 
         Args:
             sizes: Its batch is the sequences decoded at once.
             per_prompt: Sequences that share the pass over their prompt.
-            keep_log_probs: Sampling keeps the tokens' log-probs.
 
         Returns:
             Stretch ``prefill`` or ``decode`` to the bytes at its peak, the cache under ``kv_cache``.
         """
         prompts = replace(sizes, batch=max(1, sizes.batch // per_prompt))
-        return {"prefill": self._prefill(prompts, keep_log_probs), "decode": self._decode(sizes, keep_log_probs)}
+        return {"prefill": self._prefill(prompts), "decode": self._decode(sizes)}
 
-    def _prefill(self, sizes: Sizes, keep_log_probs: bool) -> Counter[str]:
+    def _prefill(self, sizes: Sizes) -> Counter[str]:
         live = self._live()
         with self._mode, live, self.backbone.use("actor") as model:
-            _sample(_step(model, sizes.batch, sizes.prompt, None), keep_log_probs)
+            _sample(_step(model, sizes.batch, sizes.prompt, None))
         return live.peaks[live.stretch]
 
-    def _decode(self, sizes: Sizes, keep_log_probs: bool) -> Counter[str]:
+    def _decode(self, sizes: Sizes) -> Counter[str]:
         live = self._live()
         with self._mode, self.backbone.use("actor") as model:
             # The last token of a response is never read, the one before it is read here.
@@ -174,7 +174,7 @@ class Simulation:
             with live:
                 for tensor in _cached(cache):
                     live.add(tensor, "kv_cache")
-                _sample(_step(model, sizes.batch, 1, cache), keep_log_probs)
+                _sample(_step(model, sizes.batch, 1, cache))
         return live.peaks[live.stretch]
 
 
@@ -214,13 +214,13 @@ def _step(model: Any, batch: int, tokens: int, cache: Any) -> Any:
     return model(attention_mask=attention_mask, use_cache=True, **inputs)
 
 
-def _sample(output: Any, keep_log_probs: bool) -> None:
-    """What one sampling step keeps: float32 logits, the processed ones, their softmax."""
-    logits = output.logits[:, -1].to(dtype=torch.float32, copy=True)
-    kept = logits / 1.0 if keep_log_probs else None
-    processed = torch.where(torch.ones_like(logits, dtype=torch.bool), logits, logits.clone())
-    processed.softmax(dim=-1)
-    del kept
+def _sample(output: Any) -> None:
+    """What one sampling step keeps: float32 logits, their softmax; both again without the EOS; the draw."""
+    logits = output.logits[:, -1].float()
+    policy = logits.softmax(dim=-1)
+    allowed = logits.clone()
+    inverse_cdf(allowed.softmax(dim=-1), torch.zeros(len(logits), dtype=torch.float64))
+    del policy
 
 
 def _cached(cache: Any) -> Iterator[Tensor]:

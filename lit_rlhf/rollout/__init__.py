@@ -2,8 +2,9 @@
 
 from lit_rlhf.rollout.buffer import RolloutBuffer
 from lit_rlhf.rollout.experience import Experience, LengthGroup, join, length_groups, read_groups
-from lit_rlhf.rollout.generation import Sampling, generate
+from lit_rlhf.rollout.generation import generate
 from lit_rlhf.rollout.rewards import FunctionReward, Reward, RewardError, RoleReward, Scored, WeightedReward
+from lit_rlhf.rollout.sampling import Sampling
 from lit_rlhf.rollout.scaling import RewardScaler, RewardScaling
 
 __all__ = [

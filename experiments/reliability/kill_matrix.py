@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import yaml
-from kill_runs import ITERATIONS, MATRIX, PHASES, SMALL, WATCH, Run, settings
+from kill_runs import ITERATIONS, MATRIX, ON_POLICY, PHASES, SMALL, WATCH, Run, settings
 
 from lit_rlhf.callbacks import AtomicCheckpointIO
 from lit_rlhf.cli import main as lit_rlhf
@@ -174,13 +174,14 @@ def kill_once(attempt: Attempt, window: str, seconds: float, chance: random.Rand
     """
     began = time.monotonic()
     if window == "any":
-        until = began + chance.uniform(0.0, seconds)
+        until = began + chance.uniform(0.0, 0.6 * seconds)
         while time.monotonic() < until:
             if attempt.ended():
                 return None
             time.sleep(0.002)
     else:
-        skipped, seen, delay = chance.randrange(0, ITERATIONS // 2), -1, chance.uniform(0.0, 0.012)
+        # So few iterations later that the run is not over before its last kill.
+        skipped, seen, delay = chance.randrange(0, ITERATIONS // 4), -1, chance.uniform(0.0, 0.012)
         while skipped >= 0:
             if attempt.ended():
                 return None
@@ -252,7 +253,8 @@ def try_run(run: Run, kills: int, folder: Path, stages: Path, seed: int) -> dict
     whole = prepare(folder / f"{run.name}-whole", run, stages, seed)
     seconds = Attempt(whole, run).start().wait()
     killed = prepare(folder / f"{run.name}-killed", run, stages, seed)
-    windows = [list(WINDOWS)[index % len(WINDOWS)] for index in range(kills)]
+    names = [name for name in WINDOWS if run.algorithm in ON_POLICY or name != "rollout"]
+    windows = [names[index % len(names)] for index in range(kills)]
     chance.shuffle(windows)
     done, bad, attempts = [], [], 0
     for window in windows:

@@ -185,6 +185,8 @@ def tokenize_prompts(
     kept = [(row, _fit(ids, [], tokenizer, counts)) for row, ids in zip(prompts, encoded, strict=True)]
     examples = [(row, parts[0]) for row, parts in kept if parts is not None]
     counts.warn()
+    if not examples:  # of no sequences, transformers decodes one empty text
+        return []
     texts = tokenizer.batch_decode([list(ids) for _, ids in examples], skip_special_tokens=True)
     return [
         PromptTokens(ids, text, {name: row.columns.get(name) for name in names})

@@ -1,8 +1,9 @@
-"""Callbacks: phases and their timing, guards, checkpoint files, signals, progress, sample tables, predictions."""
+"""Callbacks: phases, memory, guards, checkpoint files, signals, progress, sample tables, predictions."""
 
 from lit_rlhf.callbacks.checkpoints import AtomicCheckpointIO, CheckpointError, SafeCheckpoints, last_checkpoint
 from lit_rlhf.callbacks.guards import NonFiniteError, NumericalGuard, OnNonFinite
 from lit_rlhf.callbacks.memory import MemoryPhases
+from lit_rlhf.callbacks.offload import OffloadOptimizerState
 from lit_rlhf.callbacks.phases import PhaseListener, PhaseTimer, TrainingPhase, phase
 from lit_rlhf.callbacks.predictions import PredictionWriter
 from lit_rlhf.callbacks.progress import IterationProgress
@@ -16,6 +17,7 @@ __all__ = [
     "MemoryPhases",
     "NonFiniteError",
     "NumericalGuard",
+    "OffloadOptimizerState",
     "OnNonFinite",
     "PhaseListener",
     "PhaseTimer",

@@ -45,7 +45,7 @@ def move_state(optimizer: Optimizer, device: torch.device) -> None:
 
     Args:
         optimizer: Changed in place.
-        device: Where to. Memory on a CPU is page-locked where there is an accelerator, so that copies run at full speed.
+        device: Where to. What comes from CUDA goes into page-locked memory, so that copies run at full speed.
 
     Raises:
         ValueError: The state is sharded.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.strategy import Strategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -47,6 +48,11 @@ def check_strategy(strategy: Strategy) -> None:
         refuse_strategy(kind.__name__)
     if isinstance(strategy, ModelParallelStrategy):
         data_parallel_mesh(strategy.device_mesh)
+        if not isinstance(strategy, FSDP2Strategy):
+            rank_zero_warn(
+                "ModelParallelStrategy resumes its own checkpoints only (it numbers optimizer state in its own way); "
+                "strategy fsdp2 resumes and writes those of every strategy"
+            )
 
 
 class FSDP2Strategy(ModelParallelStrategy):

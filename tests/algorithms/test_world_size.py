@@ -24,6 +24,7 @@ sys.path.insert(0, sys.argv[1])
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from helpers import make_ppo, make_trainer
 from lit_rlhf import AdaptiveKL, PromptData
@@ -43,7 +44,12 @@ class Watch(L.Callback):
     def __init__(self, name, resumed):
         self.name, self.resumed, self.prompts = name, resumed, {}
     def state_of(self, trainer, module):
-        optimizer = trainer.optimizers[0].state_dict()
+        optimizer = trainer.optimizers[0]
+        if isinstance(optimizer, ZeroRedundancyOptimizer):
+            optimizer.consolidate_state_dict()
+            if trainer.global_rank:
+                return None
+        optimizer = optimizer.state_dict()
         return {
             "weights": {name: whole(p) for name, p in module.backbone.named_parameters()},
             "optimizer": {i: {k: whole(v) for k, v in s.items()} for i, s in optimizer["state"].items()},
@@ -63,7 +69,8 @@ class Watch(L.Callback):
     def on_train_end(self, trainer, module):
         self.save(trainer, module, "final")
         parameters = sum(held(p) for p in module.parameters())
-        states = trainer.optimizers[0].state_dict()["state"].values()
+        optimizer = trainer.optimizers[0]
+        states = getattr(optimizer, "optim", optimizer).state_dict()["state"].values()
         moments = sum(held(v) for s in states for k, v in s.items() if k != "step")
         row = {"prompts": self.prompts, "parameters": parameters, "moments": moments}
         (folder / f"{self.name}.rank{trainer.global_rank}.json").write_text(json.dumps(row))
@@ -73,17 +80,20 @@ for name, strategy, checkpoint in jobs:
     size = 4 // world
     module = make_ppo(policy_checkpoint=policy, kl=AdaptiveKL(0.1, 1.0, 40.0), reward_scaling="running", seed=3,
                       rollout_size=size, minibatch_size=size, critic_lr=3e-3)
-    plan = {"sharded": FSDP2Strategy(save_distributed_checkpoint=True)}.get(strategy, strategy)
+    if strategy == "zero1":
+        module.optimizer = lambda p: ZeroRedundancyOptimizer(p, optimizer_class=torch.optim.AdamW, lr=1e-3)
+    plans = {"sharded": FSDP2Strategy(save_distributed_checkpoint=True), "zero1": "ddp"}
+    plan = plans.get(strategy, strategy)
     keeper = ModelCheckpoint(folder, filename=name, enable_version_counter=False)
     trainer = make_trainer(folder / "logs" / name, 3 if checkpoint else 2, devices=world, strategy=plan,
                            callbacks=[keeper, Watch(name, bool(checkpoint))])
     trainer.fit(module, PromptData(train=data, validation_size=0), ckpt_path=checkpoint or None)
 """
 
-SAVED = ["ddp", "fsdp2", "sharded"]
+SAVED = ["ddp", "fsdp2", "sharded", "zero1"]
 RESUMED = {
-    1: [("auto", "ddp"), ("auto", "fsdp2"), ("fsdp2", "ddp"), ("fsdp2", "sharded")],
-    4: [("ddp", "ddp"), ("ddp", "fsdp2"), ("fsdp2", "ddp"), ("fsdp2", "fsdp2"), ("fsdp2", "sharded")],
+    1: [("auto", "ddp"), ("auto", "fsdp2"), ("fsdp2", "ddp"), ("fsdp2", "sharded"), ("auto", "zero1")],
+    4: [("ddp", "ddp"), ("zero1", "ddp"), ("ddp", "fsdp2"), ("fsdp2", "ddp"), ("fsdp2", "fsdp2"), ("fsdp2", "sharded")],
 }
 LOADS = [(world, strategy, saved) for world, pairs in RESUMED.items() for strategy, saved in pairs]
 
@@ -173,6 +183,16 @@ def test_fsdp2_shares_parameters_and_moments_among_the_ranks(runs: Path) -> None
             # A row that is not divisible lies on one rank: value head, norms.
             assert sum(row[what] for row in ranks) == whole[what]
             assert all(row[what] == pytest.approx(whole[what] / len(ranks), rel=0.02) for row in ranks)
+
+
+@pytest.mark.slow
+def test_zero1_shares_the_moments_and_trains_as_adamw_does(runs: Path) -> None:
+    plain, shared = (torch.load(runs / f"{name}.final.pt", weights_only=True) for name in ("ddp", "zero1"))
+    for part in ("weights", "optimizer"):
+        torch.testing.assert_close(shared[part], plain[part], rtol=0, atol=0)
+    whole, halves = rows(runs, "ddp", 2)[0]["moments"], [row["moments"] for row in rows(runs, "zero1", 2)]
+    assert sum(halves) == whole
+    assert halves[0] == pytest.approx(whole / 2, rel=0.1)
 
 
 def test_another_number_of_responses_is_refused_with_the_number_that_fits(tmp_path: Path, prompts: PromptData) -> None:

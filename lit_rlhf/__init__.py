@@ -26,12 +26,15 @@ if TYPE_CHECKING:
     from lit_rlhf.data import InstructionData, PreferenceData, PromptData
     from lit_rlhf.functional import AdaptiveKL, FixedKL, KLController
     from lit_rlhf.rollout import (
+        Engine,
         Experience,
         FunctionReward,
         Reward,
         RoleReward,
         RolloutBuffer,
         Sampling,
+        TransformersEngine,
+        VLLMEngine,
         WeightedReward,
     )
 
@@ -57,12 +60,18 @@ _ROOMS = {
     "data": ["InstructionData", "PreferenceData", "PromptData"],
     "functional": ["AdaptiveKL", "FixedKL", "KLController"],
     "rollout": [
+        "Engine",
+        "Engine",
         "Experience",
         "FunctionReward",
         "Reward",
         "RoleReward",
         "RolloutBuffer",
         "Sampling",
+        "TransformersEngine",
+        "VLLMEngine",
+        "TransformersEngine",
+        "VLLMEngine",
         "WeightedReward",
     ],
 }
@@ -79,6 +88,7 @@ __all__ = [
     "AdaptiveKL",
     "Backbone",
     "BackboneModule",
+    "Engine",
     "Experience",
     "FixedKL",
     "FunctionReward",
@@ -99,7 +109,9 @@ __all__ = [
     "RoleReward",
     "RolloutBuffer",
     "Sampling",
+    "TransformersEngine",
     "Trunk",
+    "VLLMEngine",
     "WeightedReward",
     "__version__",
 ]

@@ -14,6 +14,7 @@ from lit_rlhf.backbone import Layout, LoraArgs, find_layout, is_sharded
 from lit_rlhf.callbacks import PhaseTimer, SampleTable, TrainingPhase, phase
 from lit_rlhf.functional import AdaptiveKL, FixedKL, KLController, KLEstimator, kl_estimate, masked_sum
 from lit_rlhf.rollout import (
+    Engine,
     Experience,
     Reward,
     RewardScaler,
@@ -22,7 +23,7 @@ from lit_rlhf.rollout import (
     RolloutBuffer,
     Sampling,
     Scored,
-    generate,
+    TransformersEngine,
     join,
     read_groups,
 )
@@ -54,10 +55,11 @@ class OnPolicyModule(BackboneModule):
         reward_scaling: ``batch`` whitens the scores of each rollout, ``running`` divides by their deviation so far.
         missing_eos_penalty: Subtracted from the score of a response that hit the length limit.
         keep_log_probs: Take the old log-probs from sampling instead of a pass over the responses; None does so where
-            both agree, in float32.
+            both agree, in float32 with an engine that gives them.
         log_samples: Sample responses to log each iteration.
         seed: Base seed of the rollouts; every iteration reseeds from (seed, iteration, rank). None takes the seed of
             ``seed_everything``, or 0.
+        engine: What samples the responses; None is ``TransformersEngine()``.
         **kwargs: See :class:`BackboneModule`.
     """
 
@@ -89,6 +91,7 @@ class OnPolicyModule(BackboneModule):
         keep_log_probs: bool | None = None,
         log_samples: int = 8,
         seed: int | None = None,
+        engine: Engine | None = None,
         **kwargs: Any,
     ) -> None:
         self.layout = find_layout(layout)
@@ -97,6 +100,7 @@ class OnPolicyModule(BackboneModule):
         self.spec.reward_checkpoint = reward_checkpoint
         self.reward = reward or RoleReward()
         self.sampling = sampling or Sampling()
+        self.engine = engine or TransformersEngine()
         self.temperature = self.sampling.temperature
         self.rollout_size = rollout_size
         self.samples_per_prompt = samples_per_prompt
@@ -129,6 +133,8 @@ class OnPolicyModule(BackboneModule):
             if part > 0 and self.rollout_size % part:
                 found.append(f"rollout_size {self.rollout_size} must be a multiple of {name} {part}")
         found += self._one_pass_problems()
+        if self.keep_log_probs and not self.engine.gives_log_probs:
+            found.append(f"keep_log_probs: {type(self.engine).__name__} gives no log-probs; leave it out, or false")
         try:
             layout = self.make_layout()
             if self.spec.lora is not None:
@@ -235,7 +241,7 @@ class OnPolicyModule(BackboneModule):
         See :func:`lit_rlhf.rollout.generate`, whose arguments these are.
         """
         with self.backbone.use("actor") as model:
-            return generate(
+            return self.engine.generate(
                 model,
                 prompts["tokens"],
                 prompts["attention_mask"],
@@ -246,8 +252,13 @@ class OnPolicyModule(BackboneModule):
                 greedy=greedy,
                 batch_size=self.rollout_batch_size,
                 in_step=is_sharded(self.backbone),
-                keep_log_probs=self._sampling_agrees() if self.keep_log_probs is None else self.keep_log_probs,
+                keep_log_probs=self._keeps_log_probs(),
             )
+
+    def _keeps_log_probs(self) -> bool:
+        if self.keep_log_probs is None:
+            return self.engine.gives_log_probs and self._sampling_agrees()
+        return self.keep_log_probs
 
     def _sampling_agrees(self) -> bool:
         """Whether decoding and a pass over the whole response compute the same log-probs."""

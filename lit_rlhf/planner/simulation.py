@@ -22,6 +22,9 @@ from lit_rlhf.planner.shapes import vocabulary
 from lit_rlhf.planner.steps import make_module, minibatch_loss
 from lit_rlhf.rollout.sampling import inverse_cdf
 
+# What decoding keeps of a response's columns: tokens, log-probs, uniform numbers.
+RECORD_DTYPES = (torch.long, torch.float32, torch.float64)
+
 Peaks = dict[str, Counter[str]]
 
 
@@ -174,7 +177,10 @@ class Simulation:
             with live:
                 for tensor in _cached(cache):
                     live.add(tensor, "kv_cache")
+                record = [torch.zeros(sizes.batch, sizes.response, dtype=d) for d in RECORD_DTYPES]
+                record.append(torch.zeros(sizes.batch, sizes.prompt + sizes.response, dtype=torch.long))
                 _sample(_step(model, sizes.batch, 1, cache))
+                del record
         return live.peaks[live.stretch]
 
 

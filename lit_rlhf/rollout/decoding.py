@@ -153,7 +153,7 @@ def decode(
                 index = (~ended).nonzero()[:, 0]
                 decoder.keep(index)
                 rows, tokens, ended = rows[index], tokens[index], ended[index]
-        logits = decoder.step(tokens)
+        logits = decoder.step(tokens)  # noqa: F841 (read above)
     decoder.finish()
     sampler.check()
     longest = _longest(responses, eos)

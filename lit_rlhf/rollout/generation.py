@@ -7,7 +7,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from lit_rlhf.functional import response_mask
 from lit_rlhf.rollout.decoding import DynamicDecoder, decode
 from lit_rlhf.rollout.experience import Experience
-from lit_rlhf.rollout.sampling import DrawnToken, Sampler, Sampling, draw_uniforms
+from lit_rlhf.rollout.sampling import DrawnToken, Sampler, Sampling, uniform_dtype
 
 
 @torch.no_grad()
@@ -61,10 +61,9 @@ def generate(
         raise ValueError("generate: samples is 0 and greedy is False, so there is nothing to decode")
     device = tokens.device
     is_greedy = (torch.arange(per_prompt, device=device) >= samples).repeat(len(tokens))
-    uniforms = torch.zeros(len(tokens), per_prompt, sampling.max_new_tokens, device=device)
-    if samples:
-        drawn = draw_uniforms(len(tokens) * samples, sampling.max_new_tokens, device).unflatten(0, (-1, samples))
-        uniforms = torch.cat([drawn, uniforms[:, samples:].to(drawn.dtype)], dim=1)
+    uniforms = torch.zeros(len(tokens), per_prompt, sampling.max_new_tokens, dtype=uniform_dtype(device), device=device)
+    # The greedy rows take none, so that they change no sampled one.
+    uniforms[:, :samples].uniform_()
     uniforms = uniforms.flatten(0, 1)
     eos = torch.tensor(eos_ids, device=device)
     prompts_at_once = max(1, (batch_size or len(uniforms)) // per_prompt)
@@ -81,7 +80,7 @@ def generate(
         parts.append(part[0])
         log_probs.append(part[1])
     prompt_mask = attention_mask.bool().repeat_interleave(per_prompt, dim=0)
-    experience = _as_experience(tokens.repeat_interleave(per_prompt, dim=0), prompt_mask, _padded(parts, pad_id), eos)
+    experience = as_experience(tokens.repeat_interleave(per_prompt, dim=0), prompt_mask, _padded(parts, pad_id), eos)
     if keep_log_probs:
         experience.log_probs = _padded(log_probs, 0.0).masked_fill(~experience.mask, 0.0)
     if not (samples and greedy):
@@ -126,7 +125,8 @@ def _padded(parts: list[Tensor], value: float) -> Tensor:
     return torch.cat([nn.functional.pad(part, (0, width - part.shape[1]), value=value) for part in parts])
 
 
-def _as_experience(prompts: Tensor, prompt_mask: Tensor, responses: Tensor, eos: Tensor) -> Experience:
+def as_experience(prompts: Tensor, prompt_mask: Tensor, responses: Tensor, eos: Tensor) -> Experience:
+    """Return the record of ``[B, P]`` prompts and ``[B, T]`` responses, which end with their first EOS."""
     mask = response_mask(responses, eos)
     return Experience(
         tokens=torch.cat([prompts, responses], dim=1),

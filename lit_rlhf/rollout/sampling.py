@@ -65,13 +65,9 @@ class Sampling:
         return head.gather(1, last.clamp_min(0))
 
 
-def draw_uniforms(rows: int, steps: int, device: torch.device) -> Tensor:
-    """Return ``[rows, steps]`` uniform numbers in [0, 1) from torch's global generator.
-
-    All at once, so that a row's numbers depend neither on which rows are decoded together nor on when others end.
-    In float64 where there is one: float32's 24 bits give tokens below 1e-7 probability 0 or 6e-8.
-    """
-    return torch.rand(rows, steps, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+def uniform_dtype(device: torch.device) -> torch.dtype:
+    """Return float64 where there is one: float32's 24 bits give tokens of 1e-9 probability either 0 or 6e-8."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
@@ -112,7 +108,8 @@ class Sampler:
 
     Args:
         sampling: Settings.
-        uniforms: ``[B, T]`` numbers of :func:`draw_uniforms`.
+        uniforms: ``[B, T]`` uniform numbers in [0, 1), a row's own for each step: so its tokens depend neither on which
+            rows are decoded beside it nor on when those end.
         greedy: ``[B]`` bool, rows that take their most probable token.
         eos_ids: ``[E]`` long, ids that ``min_new_tokens`` forbids.
     """

@@ -5,15 +5,13 @@ import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from lit_rlhf.rollout import Sampling
-from lit_rlhf.rollout.sampling import BLOCK, Sampler, draw_uniforms, inverse_cdf
-
-CPU = torch.device("cpu")
+from lit_rlhf.rollout.sampling import BLOCK, Sampler, inverse_cdf
 
 
 def make_sampler(rows: int, steps: int = 1, greedy: torch.Tensor | None = None, **settings: object) -> Sampler:
     sampling = Sampling(**{"min_new_tokens": 0, **settings})  # type: ignore[arg-type]
     greedy = torch.zeros(rows, dtype=torch.bool) if greedy is None else greedy
-    return Sampler(sampling, draw_uniforms(rows, steps, CPU), greedy, torch.tensor([2]))
+    return Sampler(sampling, torch.rand(rows, steps, dtype=torch.float64), greedy, torch.tensor([2]))
 
 
 @pytest.mark.parametrize("vocabulary", [7, BLOCK, 3 * BLOCK + 11])

@@ -115,7 +115,13 @@ def main() -> None:
         table.add_row(name, str(row["batch"]), show(row["seconds"]), show(row["ratio"], 2), show(peak, 2))  # type: ignore[arg-type]
     make_console().print(table)
     if args.out is not None:
-        content = {**environment(), "command": " ".join(sys.argv), "budget": args.budget, "summary": summary, "runs": runs}
+        content = {
+            **environment(),
+            "command": " ".join(sys.argv),
+            "budget": args.budget,
+            "summary": summary,
+            "runs": runs,
+        }
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(content, indent=1) + "\n")
 

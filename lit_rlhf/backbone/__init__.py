@@ -2,7 +2,8 @@
 
 from lit_rlhf.backbone.adapters import AdapterSwitch, LoraArgs
 from lit_rlhf.backbone.backbone import Backbone, build_backbone
-from lit_rlhf.backbone.loading import DType, load_language_model, load_tokenizer, resolve_source
+from lit_rlhf.backbone.checks import check_length, check_model, context_length, vocabulary
+from lit_rlhf.backbone.loading import DType, load_language_model, load_tokenizer, read_config, resolve_source
 from lit_rlhf.backbone.lora_sets import LoraSet, RoleModel
 from lit_rlhf.backbone.quantization import Quantization
 from lit_rlhf.backbone.roles import LAYOUTS, Layout, Role, Trunk, find_layout, supervised_layout
@@ -34,14 +35,19 @@ __all__ = [
     "Trunk",
     "build_backbone",
     "check_artefacts",
+    "check_length",
+    "check_model",
+    "context_length",
     "find_layout",
     "fingerprint_parents",
     "is_sharded",
     "load_language_model",
     "load_tokenizer",
     "make_record",
+    "read_config",
     "read_spec",
     "resolve_source",
     "shard",
     "supervised_layout",
+    "vocabulary",
 ]

@@ -1,6 +1,7 @@
 """What every algorithm shares: the backbone, its optimizer, and checkpoints that hold only what was trained."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.backbone import (
@@ -23,15 +25,19 @@ from lit_rlhf.backbone import (
     build_backbone,
     check_artefacts,
     check_model,
+    data_parallel_mesh,
     fingerprint_parents,
+    is_sharded,
     load_tokenizer,
     make_record,
     read_spec,
     shard,
+    without_weights,
 )
 from lit_rlhf.callbacks import NumericalGuard, OnNonFinite, SafeCheckpoints, StopOnSigterm
 from lit_rlhf.checkpoint_files import load_file
 from lit_rlhf.data.base import ExampleDataset
+from lit_rlhf.strategies import check_strategy
 
 
 class BackboneModule(L.LightningModule):
@@ -83,13 +89,15 @@ class BackboneModule(L.LightningModule):
         self._eos_ids: list[int] = []
 
     def setup(self, stage: str) -> None:
-        """Refuse what cannot run before any weights load.
+        """Refuse what cannot run, before any weights load.
 
         Raises:
+            StrategyError: See :func:`lit_rlhf.strategies.check_strategy`.
             ValueError: The trainer's precision would cast LoRA sets, heads and Adam's moments along with the trunk; the
                 optimizer or the schedule refuses its arguments; or the data are beyond the model.
             OSError: A model's files are missing or damaged.
         """
+        check_strategy(self.trainer.strategy)
         if str(self.trainer.precision) in ("bf16-true", "16-true"):
             raise ValueError(
                 f"precision {self.trainer.precision} would cast LoRA sets, heads and optimizer state too. Use "
@@ -152,16 +160,26 @@ class BackboneModule(L.LightningModule):
         return self._eos_ids
 
     def configure_model(self) -> None:
-        """Build the backbone, once."""
-        if hasattr(self, "backbone"):
-            return
-        layout = self.make_layout()
-        check_artefacts(self.spec, layout)
-        self.spec.fingerprints = self.spec.fingerprints or fingerprint_parents(self.spec)
-        self.backbone = build_backbone(self.spec, layout, self.gradient_checkpointing, self.temperature)
+        """Build the backbone, once, and shard it under FSDP2.
+
+        Raises:
+            StrategyError: The device mesh has a tensor-parallel dimension.
+        """
+        mesh = None if self.device_mesh is None else data_parallel_mesh(self.device_mesh)
+        # bitsandbytes quantises while it loads, and its tensors carry state of their own: every rank loads those.
+        from_first_rank = mesh is not None and mesh.size() > 1 and self.spec.quantization is None
+        if not hasattr(self, "backbone"):
+            skeleton = from_first_rank and mesh is not None and mesh.get_local_rank() > 0
+            layout = self.make_layout()
+            check_artefacts(self.spec, layout)
+            self.spec.fingerprints = self.spec.fingerprints or fingerprint_parents(self.spec)
+            with without_weights() if skeleton else nullcontext():
+                self.backbone = build_backbone(self.spec, layout, self.gradient_checkpointing, self.temperature)
+        if mesh is not None and not is_sharded(self.backbone):
+            strategy = None if self._trainer is None else self._trainer.strategy
+            reshard = getattr(strategy, "reshard_after_forward", True)
+            shard(self, self.backbone, mesh, self.entry_methods, reshard, from_first_rank)
         self._eos_ids = sorted({int(self.tokenizer.eos_token_id), *self.backbone.eos_token_ids})
-        if self.device_mesh is not None:
-            shard(self, self.backbone, self.device_mesh["data_parallel"], self.entry_methods)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's parameter groups."""
@@ -189,7 +207,9 @@ class BackboneModule(L.LightningModule):
         return {key: value for key, value in state.items() if key in trained}
 
     def _record(self) -> dict[str, Any]:
-        algorithm = f"{type(self).__module__}.{type(self).__qualname__}"
+        # fully_shard puts a class of its own in front.
+        kind = next(cls for cls in type(self).__mro__ if not issubclass(cls, FSDPModule))
+        algorithm = f"{kind.__module__}.{kind.__qualname__}"
         if not hasattr(self, "backbone"):
             return {**make_record(algorithm, self.spec, self.make_layout(), []), "trainable_names": None}
         return make_record(algorithm, self.spec, self.backbone.layout, self.backbone.trainable_names)
@@ -244,6 +264,17 @@ class BackboneModule(L.LightningModule):
         for name, value in values.items():
             key = f"{prefix}/{name}"
             self.log(key, value, prog_bar=key in self.progress_metrics, **kwargs)
+
+    def mean_over_ranks(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return 0-dim values averaged over all ranks, at once.
+
+        For logging by epoch: ``sync_dist`` averages when a value is first asked for, and the first rank's progress bar
+        asks before the other ranks do.
+        """
+        if self._trainer is None or self.trainer.world_size == 1:
+            return dict(values)
+        stacked = torch.stack([value.float().to(self.device) for value in values.values()])
+        return dict(zip(values, self.trainer.strategy.reduce(stacked, reduce_op="mean").unbind(), strict=True))
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all ranks (without a trainer: itself)."""

@@ -319,8 +319,8 @@ class OnPolicyModule(BackboneModule):
 
     def log_training(self, values: dict[str, Tensor], batch_size: int) -> None:
         """Log a minibatch's losses and statistics under ``train/``, averaged over the iteration and all ranks."""
-        values = {name: value.detach() for name, value in values.items()}
-        self.log_all("train", values, batch_size=batch_size, on_step=False, on_epoch=True, sync_dist=True)
+        means = self.mean_over_ranks({name: value.detach() for name, value in values.items()})
+        self.log_all("train", means, batch_size=batch_size, on_step=False, on_epoch=True)
 
     # ---- Lightning ---------------------------------------------------------------------------------------------
 

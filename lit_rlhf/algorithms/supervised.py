@@ -60,11 +60,23 @@ class SupervisedModule(BackboneModule):
         roles = tuple(self.heads)
         return self.backbone(roles, batch["tokens"], batch["attention_mask"], batch["mask"], lm_mask=lm_mask)
 
+    def token_count(self, mask: Tensor) -> Tensor | None:
+        """Return the divisor of a token loss in training: the ranks' mean count of tokens; None is the batch's own.
+
+        Averaging the ranks' gradients then gives the mean over all their tokens, not the mean of their means.
+
+        Args:
+            mask: ``[B, T]`` bool, this rank's tokens that count.
+        """
+        if self._trainer is None or not self.trainer.training or self.trainer.world_size == 1:
+            return None
+        return self.trainer.strategy.reduce(mask.sum().float(), reduce_op="mean").clamp_min(1.0)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         loss, parts, _ = self.losses(batch)
         values = {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
-        self.log_all("train", values, batch_size=len(batch["mask"]))
+        self.log_all("train", values, batch_size=len(batch["mask"]), sync_dist=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -109,7 +121,8 @@ class SFT(SupervisedModule):
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], dict[str, tuple[Tensor, ...]]]:
         """Return the cross-entropy of an instruction batch."""
         log_probs = self.read(batch)["actor"]
-        return cross_entropy(log_probs, batch["mask"]), {}, {"perplexity": (log_probs, batch["mask"])}
+        loss = cross_entropy(log_probs, batch["mask"], count=self.token_count(batch["mask"]))
+        return loss, {}, {"perplexity": (log_probs, batch["mask"])}
 
 
 class RewardModel(SupervisedModule):
@@ -168,7 +181,7 @@ class HydraSFT(SupervisedModule):
         lm_mask[pairs:] = False
         read = self.read(batch, lm_mask)
         chosen, rejected = read["reward"].chunk(2)
-        language = cross_entropy(read["actor"], lm_mask)
+        language = cross_entropy(read["actor"], lm_mask, count=self.token_count(lm_mask))
         preference = preference_loss(chosen, rejected)
         pair = (chosen.detach(), rejected.detach())
         return (

@@ -3,11 +3,18 @@
 from lit_rlhf.backbone.adapters import AdapterSwitch, LoraArgs
 from lit_rlhf.backbone.backbone import Backbone, build_backbone
 from lit_rlhf.backbone.checks import check_length, check_model, context_length, vocabulary
-from lit_rlhf.backbone.loading import DType, load_language_model, load_tokenizer, read_config, resolve_source
+from lit_rlhf.backbone.loading import (
+    DType,
+    load_language_model,
+    load_tokenizer,
+    read_config,
+    resolve_source,
+    without_weights,
+)
 from lit_rlhf.backbone.lora_sets import LoraSet, RoleModel
 from lit_rlhf.backbone.quantization import Quantization
 from lit_rlhf.backbone.roles import LAYOUTS, Layout, Role, Trunk, find_layout, supervised_layout
-from lit_rlhf.backbone.sharding import is_sharded, shard
+from lit_rlhf.backbone.sharding import StrategyError, data_parallel_mesh, is_sharded, shard
 from lit_rlhf.backbone.stages import (
     RECORD_KEY,
     BackboneSpec,
@@ -32,12 +39,14 @@ __all__ = [
     "Role",
     "RoleModel",
     "StageCheckpoint",
+    "StrategyError",
     "Trunk",
     "build_backbone",
     "check_artefacts",
     "check_length",
     "check_model",
     "context_length",
+    "data_parallel_mesh",
     "find_layout",
     "fingerprint_parents",
     "is_sharded",
@@ -50,4 +59,5 @@ __all__ = [
     "shard",
     "supervised_layout",
     "vocabulary",
+    "without_weights",
 ]

@@ -1,6 +1,7 @@
 """Models and tokenizers from a hub name, a folder, a GGUF file, an installed package, or a config alone."""
 
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,7 +101,8 @@ def load_language_model(
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode.
 
-    Random weights (``random:``) are the same in every call, so that later stages start from the same trunk.
+    Random weights (``random:``) are the same in every call, so that later stages start from the same trunk. Under
+    ``torch.device("meta")`` no weights are read: the model has their shapes and dtype only.
 
     Args:
         name: See :func:`resolve_source`.
@@ -113,6 +115,9 @@ def load_language_model(
     """
     source = resolve_source(name)
     torch_dtype = getattr(torch, dtype)
+    if torch.get_default_device().type == "meta":
+        config = AutoConfig.from_pretrained(source.path, **source._gguf)
+        return AutoModelForCausalLM.from_config(config, dtype=torch_dtype).eval()
     if quantization is not None and (source.random or source.gguf_file):
         return quantize(load_language_model(name, dtype), quantization)
     if source.random:
@@ -142,6 +147,15 @@ def load_language_model(
         model.config.__dict__.pop("quantization_config", None)
         model.__dict__.pop("hf_quantizer", None)
     return model.eval()
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Build models on the meta device inside the block: what they would hold, without reading or holding it."""
+    with torch.device("meta"), warnings.catch_warnings():
+        # Tensors of stage checkpoints loaded into a model on the meta device change nothing, as they should.
+        warnings.filterwarnings("ignore", message=".*to a meta parameter in the current model.*")
+        yield
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

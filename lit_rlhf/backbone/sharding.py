@@ -3,15 +3,48 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed import broadcast, broadcast_object_list
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lit_rlhf.backbone.backbone import Backbone
 
 
-def shard(root: nn.Module, backbone: Backbone, mesh: Any, entry_methods: Sequence[str]) -> None:
+class StrategyError(ValueError):
+    """A strategy of the trainer that lit_rlhf cannot train under."""
+
+
+def data_parallel_mesh(mesh: Any) -> Any:
+    """Return the one-dimensional mesh of the ranks that share the parameters.
+
+    Args:
+        mesh: Device mesh of ``ModelParallelStrategy``, or already the mesh of the ranks.
+
+    Raises:
+        StrategyError: The mesh has a tensor-parallel dimension.
+    """
+    names = mesh.mesh_dim_names or ()
+    if "tensor_parallel" in names and (size := mesh["tensor_parallel"].size()) > 1:
+        raise StrategyError(
+            f"strategy: tensor_parallel_size is {size} (ModelParallelStrategy's default is every device), but lit_rlhf "
+            "shards over data-parallel ranks only, and gradients would silently stay local. Layer "
+            "experiments/strategies/fsdp2.yaml over the run (strategy: fsdp2), or set strategy.init_args."
+            f"data_parallel_size: {mesh.size()} and strategy.init_args.tensor_parallel_size: 1"
+        )
+    return mesh["data_parallel"] if "data_parallel" in names else mesh
+
+
+def shard(
+    root: nn.Module,
+    backbone: Backbone,
+    mesh: Any,
+    entry_methods: Sequence[str],
+    reshard_after_forward: bool = True,
+    from_first_rank: bool = False,
+) -> None:
     """Shard every decoder layer, then the root with what is left: embeddings, norms, heads.
 
     Only entry methods may reach the root's own parameters: they gather them first.
@@ -19,17 +52,31 @@ def shard(root: nn.Module, backbone: Backbone, mesh: Any, entry_methods: Sequenc
     Args:
         root: The module that holds the backbone.
         backbone: Built, and on one device.
-        mesh: One-dimensional device mesh of the ranks that share the parameters.
+        mesh: See :func:`data_parallel_mesh`.
         entry_methods: Names of the root's methods that read the backbone.
+        reshard_after_forward: False keeps gathered parameters until their backward pass is through.
+        from_first_rank: Take all weights from the first rank, each layer just before it is sharded. The other ranks'
+            backbone may be on the meta device: they never hold more than their shards and one layer (or what is in no
+            layer).
 
     Raises:
-        RuntimeError: A trained parameter is not sharded; its gradients would silently stay local.
+        StrategyError: The mesh has a tensor-parallel dimension.
+        RuntimeError: The ranks built different models, or a trained parameter is not sharded; its gradients would
+            silently stay local.
     """
-    for name in backbone.trunks:
-        for layer in backbone.language_model(name).modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                fully_shard(layer, mesh=mesh)
-    fully_shard(root, mesh=mesh)
+    mesh = data_parallel_mesh(mesh)
+    pending = _agree(backbone, mesh) if from_first_rank else {}
+    layers = [
+        layer
+        for name in backbone.trunks
+        for layer in backbone.language_model(name).modules()
+        if isinstance(layer, GradientCheckpointingLayer)
+    ]
+    for unit in (*layers, root):
+        if from_first_rank:
+            _receive(unit, pending, mesh)
+        # The root's own parameters are needed again as soon as backward begins.
+        fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward and (unit is not root or None))
     for method in entry_methods:
         register_fsdp_forward_method(root, method)
     trained = set(backbone.trainable_names)
@@ -39,5 +86,47 @@ def shard(root: nn.Module, backbone: Backbone, mesh: Any, entry_methods: Sequenc
 
 
 def is_sharded(backbone: Backbone) -> bool:
-    """Whether :func:`shard` has run."""
-    return any(isinstance(parameter, DTensor) for parameter in backbone.parameters())
+    """Whether :func:`shard` has run; parameters cannot tell, since gathered ones look like any others."""
+    return any(isinstance(module, FSDPModule) for module in backbone.modules())
+
+
+def _agree(backbone: Backbone, mesh: Any) -> dict[int, torch.dtype]:
+    """Compare the model with the first rank's, and take over what that rank alone has read off the loaded files.
+
+    Returns:
+        Dtypes on the first rank, by the ``id`` of this rank's parameter or buffer.
+    """
+    tensors = {f"{path}.{name}": t for path, module in backbone.named_modules() for name, t in _own_tensors(module)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    sent: list[Any] = [(shapes, {name: tensor.dtype for name, tensor in tensors.items()}, backbone.eos_token_ids)]
+    broadcast_object_list(sent, group=mesh.get_group(), group_src=0)
+    expected, dtypes, backbone.eos_token_ids = sent[0]
+    if expected != shapes:
+        different = sorted(n for n in expected.keys() | shapes.keys() if expected.get(n) != shapes.get(n))
+        raise RuntimeError(f"rank {mesh.get_local_rank()} built another model than rank 0: {different[:3]} ...")
+    return {id(tensor): dtypes[name] for name, tensor in tensors.items()}
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Return a module's parameters, buffers and plain attributes that are tensors; not its children's."""
+    plain = [(name, value) for name, value in vars(module).items() if isinstance(value, torch.Tensor)]
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False), *plain]
+
+
+@torch.no_grad()
+def _receive(unit: nn.Module, pending: dict[int, torch.dtype], mesh: Any) -> None:
+    """Put the first rank's weights in place of this rank's; those done are taken off ``pending``."""
+    first = mesh.get_local_rank() == 0
+    device = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
+    received: dict[int, torch.Tensor] = {}
+    replaced = []  # kept until the end, so that no new tensor gets an old one's id
+    for module in unit.modules():
+        for name, old in _own_tensors(module):
+            if (dtype := pending.pop(id(old), None)) is not None:
+                data = old.data.to(device) if first else torch.empty(old.shape, dtype=dtype, device=device)
+                broadcast(data, group=mesh.get_group(), group_src=0)
+                new = nn.Parameter(data, old.requires_grad) if isinstance(old, nn.Parameter) else data
+                received[id(old)] = new
+                replaced.append(old)
+            if (shared := received.get(id(old))) is not None:  # tied weights stay tied
+                setattr(module, name, shared)

@@ -217,7 +217,9 @@ class MemoryPhases(PhaseListener):
             self.meter.reset()
         for name, peaks in self.peaks.items():
             for kind, size in peaks.items():
-                pl_module.log(f"memory/{name}/{kind}", size / 2**30, sync_dist=True, reduce_fx="max")
+                # Not by sync_dist, which the first rank's progress bar would ask for before the other ranks do.
+                largest = trainer.strategy.reduce(torch.tensor(float(size), device=pl_module.device), reduce_op="max")
+                pl_module.log(f"memory/{name}/{kind}", largest / 2**30)
         self.peaks = {}
         if self.snapshot:
             dump_snapshot(Path(trainer.default_root_dir), "memory", trainer.global_rank)

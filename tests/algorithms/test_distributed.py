@@ -1,11 +1,13 @@
-"""One optimizer step on two processes equals one process on the joined batch, to rounding."""
+"""One optimizer step on two processes equals one process on the joined batch, to rounding; ranks never wait in vain."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from test_guards import run_to_the_end
 
 RUN = """
 import sys
@@ -18,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from helpers import TINY, make_ppo, make_trainer
 import lit_rlhf
 from lit_rlhf import Experience, FixedKL, LoraArgs, PromptData
+from lit_rlhf.strategies import FSDP2Strategy
 
 folder, data, algorithm, layout, policy, reward, strategy, accumulate = sys.argv[2:]
 world, rows, accumulate = (1 if strategy == "auto" else 2), 8, int(accumulate)
@@ -47,7 +50,9 @@ settings = dict(
     optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
 )
 module = make_ppo(FixedResponses, **settings)
-plan = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False) if strategy == "fsdp2" else strategy
+plans = {"zero2": FSDP2Strategy(reshard_after_forward=False),
+         "mesh": ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)}
+plan = plans.get(strategy, strategy)
 devices = dict(devices=world, strategy=plan) if world > 1 else {}
 trainer = make_trainer(Path(folder), 1, callbacks=[], enable_checkpointing=False, accumulate_grad_batches=accumulate,
                        **devices)
@@ -72,39 +77,95 @@ trainer.fit(module, PromptData(train=data, validation_size=0))
 """
 
 
+CASES = [
+    ("PPO", "hydra", 1),
+    ("ReMax", "hydra", 2),
+    pytest.param("PPO", "full", 1, marks=pytest.mark.slow),
+    pytest.param("PPO", "j_hydra", 2, marks=pytest.mark.slow),
+    pytest.param("GRPO", "hydra", 1, marks=pytest.mark.slow),
+]
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize(
-    ("algorithm", "layout", "accumulate"),
-    [
-        ("PPO", "hydra", 1),
-        ("ReMax", "hydra", 2),
-        pytest.param("PPO", "full", 1, marks=pytest.mark.slow),
-        pytest.param("PPO", "j_hydra", 2, marks=pytest.mark.slow),
-        pytest.param("GRPO", "hydra", 1, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("algorithm", "layout", "accumulate"), CASES)
 def test_two_processes_step_as_one(
     algorithm: str, layout: str, accumulate: int, strategy: str, data_folder: Path, hydra_checkpoint: Path,
     full_reward_checkpoint: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
-    script = tmp_path / "run.py"
-    script.write_text(RUN)
     reward = str(full_reward_checkpoint) if layout == "full" else ""
+    compare(tmp_path, data_folder, [algorithm, layout, str(hydra_checkpoint), reward], strategy, accumulate)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero2", "mesh"])
+def test_other_ways_to_shard_step_as_one(
+    strategy: str, data_folder: Path, hydra_checkpoint: Path, tmp_path: Path
+) -> None:
+    compare(tmp_path, data_folder, ["PPO", "hydra", str(hydra_checkpoint), ""], strategy, 1)
+
+
+def compare(folder: Path, data_folder: Path, case: list[str], strategy: str, accumulate: int) -> None:
+    script = folder / "run.py"
+    script.write_text(RUN)
+    start = [
+        sys.executable,
+        str(script),
+        str(Path(__file__).parents[1]),
+        str(folder),
+        str(data_folder / "prompts.jsonl"),
+    ]
     changes = []
     for plan, parts in (("auto", 1), (strategy, accumulate)):
-        arguments = [
-            str(Path(__file__).parents[1]),
-            str(tmp_path),
-            str(data_folder / "prompts.jsonl"),
-            algorithm,
-            layout,
-        ]
-        arguments += [str(hydra_checkpoint), reward, plan, str(parts)]
-        subprocess.run([sys.executable, str(script), *arguments], check=True, timeout=300, capture_output=True)
-        changes.append(torch.load(tmp_path / f"{plan}.pt", weights_only=True))
+        subprocess.run([*start, *case, plan, str(parts)], check=True, timeout=300, capture_output=True)
+        changes.append(torch.load(folder / f"{plan}.pt", weights_only=True))
     one, two = changes
     assert one.keys() == two.keys()
     for name, change in one.items():
         scale = float(change.abs().max())
         torch.testing.assert_close(two[name], change, rtol=1e-5, atol=1e-5 * scale + 1e-9, msg=name)
     assert max(float(change.abs().max()) for change in one.values()) > 1e-4
+
+
+UNEVEN = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import lightning as L
+from helpers import make_ppo, make_trainer
+import lit_rlhf
+from lit_rlhf import PromptData, Sampling
+folder, data, policy, strategy = sys.argv[2:]
+class Ends(L.Callback):
+    # To the first rank a third of all tokens ends a response, to the second none does.
+    def on_fit_start(self, trainer, module):
+        self.lengths = []
+        module._eos_ids = [-1] if trainer.global_rank else list(range(3, 1000, 3))
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.lengths += batch.mask.sum(dim=1).tolist()
+for name in ("PPO", "ReMax", "RLOO"):
+    ends = Ends()
+    groups = {"samples_per_prompt": 2} if name == "RLOO" else {}
+    module = make_ppo(getattr(lit_rlhf, name), policy_checkpoint=policy, rollout_size=4, minibatch_size=2,
+                      inner_epochs=1, rollout_batch_size=2, sampling=Sampling(max_new_tokens=12), **groups)
+    trainer = make_trainer(Path(folder, name), 2, devices=2, strategy=strategy, callbacks=[ends], limit_val_batches=1.0,
+                           enable_checkpointing=False, enable_progress_bar=True)
+    trainer.fit(module, PromptData(train=data, validation_size=3, batch_size=2))
+    Path(folder, f"{name}{trainer.global_rank}.json").write_text(json.dumps(ends.lengths))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_ranks_whose_responses_differ_in_length_wait_for_one_another(
+    strategy: str, data_folder: Path, hydra_checkpoint: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(UNEVEN)
+    arguments = [str(Path(__file__).parents[1]), str(tmp_path), str(data_folder / "prompts.jsonl")]
+    done = run_to_the_end([sys.executable, str(script), *arguments, str(hydra_checkpoint), strategy], seconds=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("PPO", "ReMax", "RLOO"):
+        short, long = (json.loads((tmp_path / f"{name}{rank}.json").read_text()) for rank in (0, 1))
+        assert len(short) == len(long) == 8
+        assert sum(short) / 8 < 7
+        assert long == [12] * 8

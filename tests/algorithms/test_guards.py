@@ -232,7 +232,7 @@ def test_mixed_16_bit_gradients_are_left_to_the_loss_scaler(prompts: PromptData,
 
 TWO_RANKS = """
 import sys
-tests, folder, data, where, mode = sys.argv[1:6]
+tests, folder, data, where, mode, strategy = sys.argv[1:7]
 sys.path[:0] = [tests, tests + "/algorithms"]
 import json, os
 from pathlib import Path
@@ -244,13 +244,14 @@ if where != "loss" or rank == 0:
     BadLoss.here = None
 bad = {"reward": float("nan"), "raises": "no number"}.get(where, 0.5) if rank else 0.5
 module = make_ppo(BadLoss, reward=BadReward(bad), samples_per_prompt=2, on_non_finite=mode)
-trainer = make_trainer(Path(folder), 3, devices=2, strategy="ddp")
+trainer = make_trainer(Path(folder), 3, devices=2, strategy=strategy)
 try:
     trainer.fit(module, PromptData(train=data, validation_size=4))
 except Exception as error:
     Path(folder, f"error{rank}.txt").write_text(f"{type(error).__name__}: {error}")
     raise
-row = {"sums": [float(v.double().sum()) for v in module.state_dict().values()],
+whole = [v.full_tensor() if strategy == "fsdp2" else v for v in module.state_dict().values()]
+row = {"sums": [float(v.double().sum()) for v in whole],
        "skipped": float(trainer.callback_metrics["train/skipped_steps"]),
        "steps": sorted({int(m["step"]) for m in trainer.optimizers[0].state_dict()["state"].values()})}
 Path(folder, f"rank{rank}.json").write_text(json.dumps(row))
@@ -270,14 +271,17 @@ def run_to_the_end(command: list[str], seconds: float = 120) -> subprocess.Compl
     return subprocess.CompletedProcess(command, process.returncode, out, error)
 
 
-def run_two_ranks(folder: Path, data_folder: Path, where: str, mode: str) -> subprocess.CompletedProcess[str]:
+def run_two_ranks(
+    folder: Path, data_folder: Path, where: str, mode: str, strategy: str
+) -> subprocess.CompletedProcess[str]:
     folder.joinpath("run.py").write_text(TWO_RANKS)
     tests = str(Path(__file__).parents[1])
     command = [sys.executable, str(folder / "run.py"), tests, str(folder), str(data_folder / "prompts.jsonl")]
-    return run_to_the_end([*command, where, mode])
+    return run_to_the_end([*command, where, mode, strategy])
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize(
     ("where", "message"),
     [
@@ -287,9 +291,9 @@ def run_two_ranks(folder: Path, data_folder: Path, where: str, mode: str) -> sub
     ],
 )
 def test_two_ranks_stop_together_when_only_one_sees_it(
-    where: str, message: str, data_folder: Path, tmp_path: Path
+    where: str, message: str, strategy: str, data_folder: Path, tmp_path: Path
 ) -> None:
-    assert run_two_ranks(tmp_path, data_folder, where, "raise").returncode != 0
+    assert run_two_ranks(tmp_path, data_folder, where, "raise", strategy).returncode != 0
     first, second = ((tmp_path / f"error{rank}.txt").read_text() for rank in (0, 1))
     assert first.startswith(message)
     if where == "raises":
@@ -301,9 +305,13 @@ def test_two_ranks_stop_together_when_only_one_sees_it(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("where", "steps"), [("loss", 11), ("reward", 8)])
-def test_two_ranks_leave_the_same_step_out(where: str, steps: int, data_folder: Path, tmp_path: Path) -> None:
-    done = run_two_ranks(tmp_path, data_folder, where, "skip_step")
+@pytest.mark.parametrize(
+    ("where", "steps", "strategy"), [("loss", 11, "ddp"), ("reward", 8, "ddp"), ("loss", 11, "fsdp2")]
+)
+def test_two_ranks_leave_the_same_step_out(
+    where: str, steps: int, strategy: str, data_folder: Path, tmp_path: Path
+) -> None:
+    done = run_two_ranks(tmp_path, data_folder, where, "skip_step", strategy)
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first == second

@@ -1,6 +1,9 @@
 """The quickstart's pipeline on the tiny model: what it writes, and that it learns."""
 
+import csv
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +79,49 @@ def test_tiny_learns(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["gold_after"] > report["gold_before"]
     assert report["win_rate_ci95"][0] > 0.5
+
+
+SHORT = """
+import sys
+from dataclasses import replace
+from lit_rlhf.cli import main
+from lit_rlhf.commands import quickstart_pipeline as quickstart
+quickstart.TINY = replace(quickstart.TINY, sft_steps=60, iterations=3, evaluated=64)
+main()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_batches_of_one(tmp_path: Path) -> None:
+    script = tmp_path / "short.py"
+    script.write_text(SHORT)
+    runs = {"one": [], "ddp": ["--devices", "2"], "fsdp2": ["--devices", "2", "--strategy", "fsdp2"]}
+    logs = {}
+    for name, options in runs.items():
+        command = [sys.executable, str(script), "quickstart", "--tiny", "--out", str(tmp_path / name), *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("1/4 Hydra-SFT") == 1
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        assert (report["devices"], report["plan"]["rollout_size"]) == (1 if name == "one" else 2, 64)
+        logs[name] = [
+            list(csv.DictReader((tmp_path / name / stage / "metrics.csv").open())) for stage in ("hydra_sft", "ppo")
+        ]
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "export")
+    sft = {name: [float(row["train/loss"]) for row in log[0] if row["train/loss"]] for name, log in logs.items()}
+    assert len(sft["one"]) == 6
+    assert sft["ddp"] == pytest.approx(sft["one"], rel=1e-4)
+    assert sft["fsdp2"] == pytest.approx(sft["one"], rel=1e-4)
+    # Each rank samples by a stream of its own, so only runs on as many ranks sample alike.
+    first = {name: float(log[1][0]["rollout/score"]) for name, log in logs.items()}
+    assert first["ddp"] == pytest.approx(first["fsdp2"], rel=1e-3)
+
+
+def test_devices_that_do_not_divide_the_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["quickstart", "--tiny", "--devices", "3", "--out", str(tmp_path / "out")])
+    assert "devices 3 must divide the quickstart's batches: sft_batch 16" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_readme_command_without_any_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

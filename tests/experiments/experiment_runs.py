@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,6 +82,10 @@ class Command:
         return config
 
     @property
+    def ranks(self) -> int:
+        return 1 if self.config["trainer"].get("strategy", "auto") == "auto" else 2
+
+    @property
     def format(self) -> str:
         return self.config["data"]["init_args"].get("format", "auto")
 
@@ -152,8 +157,15 @@ class Bench:
                 (folder / path).parent.mkdir(parents=True, exist_ok=True)
                 (folder / path).symlink_to(self.run(maker(path)) / path)
             train = f"--data.train={self.rows[command.format]}"
-            with contextlib.chdir(folder), kept_import_path():
-                main([*command.arguments, "-c", str(command.miniature), train])
+            arguments = [*command.arguments, "-c", str(command.miniature), train]
+            if command.ranks > 1:
+                several = ["--trainer.devices", str(command.ranks), "--trainer.num_nodes", "1"]
+                whole = [sys.executable, "-m", "lit_rlhf", *arguments, *several]
+                done = subprocess.run(whole, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
+                assert done.returncode == 0, done.stderr[-3000:]
+            else:
+                with contextlib.chdir(folder), kept_import_path():
+                    main(arguments)
             self._done[key] = folder
         return self._done[key]
 

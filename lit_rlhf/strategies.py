@@ -1,0 +1,169 @@
+"""Which strategies of the trainer train correctly here, and ``fsdp2``: FSDP2 without a mesh to spell out."""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies.strategy import Strategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from lit_rlhf.backbone import StrategyError, data_parallel_mesh
+from lit_rlhf.backbone.stages import read_checkpoint
+from lit_rlhf.callbacks import CheckpointError
+
+# By the first word of Lightning's registered names.
+REFUSED = {
+    "fsdp": "FSDP1, whose flat parameters cannot hold frozen trunks and LoRA sets that are read through direct calls",
+    "deepspeed": "DeepSpeed, whose engine owns the forward pass, while one step here reads several roles",
+}
+
+
+def refuse_strategy(name: str) -> None:
+    """Refuse a strategy by its registered name, or its class's name or path, before anything is built.
+
+    Raises:
+        StrategyError: lit_rlhf cannot train under it; the message names the file to use instead.
+    """
+    word = name.rpartition(".")[2].lower().removesuffix("strategy").partition("_")[0]
+    if word in REFUSED:
+        raise StrategyError(
+            f"strategy {name} is {REFUSED[word]}. Layer experiments/strategies/fsdp2.yaml over the run instead "
+            "(strategy: fsdp2), which shards parameters, gradients and optimizer state as ZeRO-3 does"
+        )
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuse a strategy under which gradients or checkpoints would be wrong; before any model loads.
+
+    Raises:
+        StrategyError: It is FSDP1 or DeepSpeed, or its device mesh is tensor parallel.
+    """
+    for kind in type(strategy).__mro__:
+        refuse_strategy(kind.__name__)
+    if isinstance(strategy, ModelParallelStrategy):
+        data_parallel_mesh(strategy.device_mesh)
+        if not isinstance(strategy, FSDP2Strategy):
+            rank_zero_warn(
+                "ModelParallelStrategy resumes its own checkpoints only (it numbers optimizer state in its own way); "
+                "strategy fsdp2 resumes and writes those of every strategy"
+            )
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """FSDP2 over all ranks (``--trainer.strategy fsdp2``); every rank draws its own data.
+
+    Checkpoints are what single-device and DDP runs write, so each resumes those of the others, on any number of ranks.
+
+    Args:
+        reshard_after_forward: True frees gathered parameters after each layer's forward pass (ZeRO-3); False keeps
+            them until backward (ZeRO-2's memory in training: gradients and optimizer state are sharded).
+        save_distributed_checkpoint: Write a folder with each rank's shards instead of one file. Only this strategy
+            resumes it, on any number of ranks; ``export`` and later stages need the file.
+        process_group_backend: None chooses NCCL on GPUs, else Gloo.
+        timeout: Of collective operations.
+    """
+
+    def __init__(
+        self,
+        reshard_after_forward: bool = True,
+        save_distributed_checkpoint: bool = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        self.reshard_after_forward = reshard_after_forward
+
+    def setup_environment(self) -> None:
+        """Lay the mesh over all ranks."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the state as an optimizer of a single device has it; on ranks other than 0 without content.
+
+        Lightning's own numbers parameters by their place in the whole model, frozen ones included, which only FSDP2
+        reads rightly.
+        """
+        if self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        saved = optimizer.state_dict()
+        whole = {
+            index: {name: _gathered(value, self.is_global_zero) for name, value in state.items()}
+            for index, state in saved["state"].items()
+        }
+        return {"state": whole, "param_groups": saved["param_groups"]} if self.is_global_zero else {}
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load weights and optimizer state; each rank reads its own shards from the one file.
+
+        Raises:
+            CheckpointError: The file cannot be read.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        if path.is_dir():
+            return super().load_checkpoint(path, weights_only)
+        try:
+            checkpoint = read_checkpoint(path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(str(error)) from error
+        assert self.lightning_module is not None
+        parameters = dict(self.lightning_module.named_parameters())
+        weights = checkpoint.pop("state_dict")
+        with torch.no_grad():
+            for name in weights.keys() & parameters.keys():
+                parameters[name].copy_(_like(weights[name], parameters[name]))
+        for optimizer, saved in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):
+            optimizer.load_state_dict(_sharded_state(optimizer, saved))
+        return checkpoint
+
+
+def _gathered(value: Any, keep: bool) -> Any:
+    """Return the whole of a sharded tensor on the CPU; every rank calls this, those that keep nothing get None."""
+    whole = value.full_tensor() if isinstance(value, DTensor) else value
+    if not keep:
+        return None
+    return whole.cpu() if isinstance(whole, Tensor) else whole
+
+
+def _like(whole: Tensor, parameter: Tensor) -> Tensor:
+    """Return a tensor sharded as the parameter is; every rank has the whole and takes its own part."""
+    if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
+        return whole.to(parameter.device)
+    whole = whole.to(parameter.device_mesh.device_type)
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def _sharded_state(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """Return a saved optimizer state with each tensor sharded as its parameter is.
+
+    As torch's own loading does, it goes by a parameter's place in its group, whatever number the file gives it.
+    """
+    parameters = {
+        number: parameter
+        for theirs, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True)
+        for number, parameter in zip(theirs["params"], ours["params"], strict=True)
+    }
+    state = {
+        number: {
+            name: _like(value, parameters[number]) if isinstance(value, Tensor) and value.dim() else value
+            for name, value in values.items()
+        }
+        for number, values in saved["state"].items()
+    }
+    return {**saved, "state": state}
+
+
+if "fsdp2" not in StrategyRegistry:
+    StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all ranks (lit_rlhf)")

@@ -28,6 +28,12 @@ def usage() -> str:
     return "usage: lit-rlhf COMMAND [--help] ...\n\n" + "\n".join(rows)
 
 
+def config_files(args: list[str]) -> list[str]:
+    """Return the YAML files that these arguments name."""
+    files = [after for word, after in itertools.pairwise(args) if word in ("-c", "--config")]
+    return files + [word.removeprefix("--config=") for word in args if word.startswith("--config=")]
+
+
 def find_own_modules(args: list[str]) -> None:
     """Put the working directory on the module path, and behind all else the folders of the given YAML files.
 
@@ -35,9 +41,7 @@ def find_own_modules(args: list[str]) -> None:
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    files = [after for word, after in itertools.pairwise(args) if word in ("-c", "--config")]
-    files += [word.removeprefix("--config=") for word in args if word.startswith("--config=")]
-    for folder in (os.path.dirname(os.path.abspath(file)) for file in files if os.path.isfile(file)):
+    for folder in (os.path.dirname(os.path.abspath(file)) for file in config_files(args) if os.path.isfile(file)):
         if folder not in sys.path:
             sys.path.append(folder)
 

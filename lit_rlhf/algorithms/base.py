@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
@@ -23,6 +24,7 @@ from lit_rlhf.backbone import (
     Quantization,
     build_backbone,
     check_artefacts,
+    check_model,
     compile_layers,
     data_parallel_mesh,
     fingerprint_parents,
@@ -34,6 +36,8 @@ from lit_rlhf.backbone import (
     without_weights,
 )
 from lit_rlhf.callbacks import NumericalGuard, OnNonFinite, SafeCheckpoints, StopOnSigterm
+from lit_rlhf.checkpoint_files import load_file
+from lit_rlhf.data.base import ExampleDataset
 from lit_rlhf.strategies import check_strategy
 
 
@@ -96,11 +100,13 @@ class BackboneModule(L.LightningModule):
         self._eos_ids: list[int] = []
 
     def setup(self, stage: str) -> None:
-        """Refuse strategies that train wrongly, and precisions that would cast LoRA sets, heads and Adam's moments.
+        """Refuse what cannot run, before any weights load.
 
         Raises:
             StrategyError: See :func:`lit_rlhf.strategies.check_strategy`.
-            ValueError: The trainer's precision is ``bf16-true`` or ``16-true``.
+            ValueError: The trainer's precision would cast LoRA sets, heads and Adam's moments along with the trunk; the
+                optimizer or the schedule refuses its arguments; or the data are beyond the model.
+            OSError: A model's files are missing or damaged.
         """
         check_strategy(self.trainer.strategy)
         if str(self.trainer.precision) in ("bf16-true", "16-true"):
@@ -108,6 +114,36 @@ class BackboneModule(L.LightningModule):
                 f"precision {self.trainer.precision} would cast LoRA sets, heads and optimizer state too. Use "
                 "trainer.precision: 32-true with model.dtype: bfloat16: only the trunk is stored in 16 bits"
             )
+        if stage == "fit":
+            self._try_optimizer()
+        check_artefacts(self.spec, self.make_layout())
+        self.check_data(getattr(self.trainer, "datamodule", None))
+
+    def _try_optimizer(self) -> None:
+        """Build optimizer and schedule for a parameter of their own, to see whether they take their arguments."""
+        try:
+            optimizer = self.optimizer([torch.nn.Parameter(torch.zeros(1, 1))])
+            if self.lr_scheduler is not None:
+                self.lr_scheduler(optimizer)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"optimizer or lr_scheduler: {error}") from error
+
+    def check_data(self, data: Any, response_length: int = 0) -> None:
+        """Refuse data that the model cannot read.
+
+        Args:
+            data: The data module; only those with ``ExampleDataset`` s can be looked into.
+            response_length: Most tokens that are sampled behind each sequence.
+
+        Raises:
+            ValueError: See :func:`lit_rlhf.backbone.check_model`.
+        """
+        parts = [getattr(data, name, None) for name in ("train_dataset", "val_dataset")]
+        known = [part for part in parts if isinstance(part, ExampleDataset)]
+        longest = max((part.longest() for part in known), default=0)
+        check_model(
+            self.spec, self.tokenizer, longest, response_length, lambda: max(part.largest_id() for part in known)
+        )
 
     def configure_callbacks(self) -> list[Callback]:
         """Guard every run's numbers, checkpoints and end; a subclass adds its own."""
@@ -147,7 +183,7 @@ class BackboneModule(L.LightningModule):
             skeleton = from_first_rank and mesh is not None and mesh.get_local_rank() > 0
             layout = self.make_layout()
             check_artefacts(self.spec, layout)
-            self.spec.fingerprints = fingerprint_parents(self.spec)
+            self.spec.fingerprints = self.spec.fingerprints or fingerprint_parents(self.spec)
             with without_weights() if skeleton else nullcontext():
                 self.backbone = build_backbone(self.spec, layout, self.gradient_checkpointing, self.temperature)
             if self.compile_layers:
@@ -187,6 +223,8 @@ class BackboneModule(L.LightningModule):
         # fully_shard puts a class of its own in front.
         kind = next(cls for cls in type(self).__mro__ if not issubclass(cls, FSDPModule))
         algorithm = f"{kind.__module__}.{kind.__qualname__}"
+        if not hasattr(self, "backbone"):
+            return {**make_record(algorithm, self.spec, self.make_layout(), []), "trainable_names": None}
         return make_record(algorithm, self.spec, self.backbone.layout, self.backbone.trainable_names)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -199,13 +237,32 @@ class BackboneModule(L.LightningModule):
         Raises:
             ValueError: The checkpoint does not belong to this configuration; the first difference is named.
         """
+        path = None if self._trainer is None else self.trainer.ckpt_path
+        self._refuse_foreign(checkpoint, path)
+
+    def check_checkpoint(self, path: str) -> None:
+        """Refuse a checkpoint that cannot be resumed, as far as that can be told before any weights load.
+
+        Args:
+            path: Its path; remote ones, folders of shards and keywords such as ``last`` are left to the restore.
+
+        Raises:
+            ValueError: It is missing, damaged, foreign, or of another algorithm, model or layout.
+        """
+        if "://" in path or (Path(path) / "meta.pt").is_file() or path in ("best", "hpc", "last", "registry"):
+            return
+        content = load_file(Path(path), mmap=True)
+        self.spec.fingerprints = fingerprint_parents(self.spec)
+        self._refuse_foreign(content, path)
+
+    def _refuse_foreign(self, checkpoint: dict[str, Any], path: Any) -> None:
+        """Compare a checkpoint's record with this run's; the names of what is trained once the model is there."""
         saved = checkpoint.get(RECORD_KEY)
         if saved is None:
-            path = None if self._trainer is None else self.trainer.ckpt_path
             raise ValueError(f"checkpoint {path or ''} was not written by lit_rlhf; it cannot be resumed")
         ours = self._record()
         for key in ("algorithm", "layout", "trainable_names"):
-            if saved[key] != ours[key]:
+            if saved[key] != ours[key] and ours[key] is not None:
                 raise ValueError(
                     f"cannot resume: the checkpoint's {key} differs from the configuration's\n"
                     f"  checkpoint:    {_shortened(saved[key])}\n  configuration: {_shortened(ours[key])}"

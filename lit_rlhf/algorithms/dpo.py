@@ -8,6 +8,7 @@ from torchmetrics import Metric
 from lit_rlhf.algorithms.supervised import Batch, SupervisedModule
 from lit_rlhf.backbone import Layout, LoraArgs, find_layout
 from lit_rlhf.backbone.roles import HeadName
+from lit_rlhf.data import PreferenceData
 from lit_rlhf.functional import dpo_loss, masked_sum
 from lit_rlhf.metrics import PairwiseAccuracy, RewardMargin
 
@@ -26,6 +27,7 @@ class DPO(SupervisedModule):
     """
 
     heads: ClassVar[dict[str, HeadName]] = {"actor": "lm", "reference": "lm"}
+    data = PreferenceData
 
     def __init__(
         self,

@@ -165,6 +165,10 @@ class OnPolicyModule(BackboneModule):
                 f"on-policy. Set trainer.accumulate_grad_batches to {len(self.rollout_buffer)}"
             )
 
+    def check_data(self, data: Any, response_length: int = 0) -> None:
+        """Count the responses' tokens too."""
+        super().check_data(data, max(response_length, self.sampling.max_new_tokens))
+
     def _one_pass_problems(self) -> list[str]:
         if self.inner_epochs == 1 or not self.one_update:
             return []

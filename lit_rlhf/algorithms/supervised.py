@@ -8,6 +8,8 @@ from torchmetrics import Metric
 from lit_rlhf.algorithms.base import BackboneModule
 from lit_rlhf.backbone import Layout, supervised_layout
 from lit_rlhf.backbone.roles import HeadName
+from lit_rlhf.data import InstructionData, PreferenceData
+from lit_rlhf.data.base import TextData
 from lit_rlhf.functional import cross_entropy, masked_mean, preference_loss
 from lit_rlhf.metrics import PairwiseAccuracy, RewardMargin, TokenPerplexity
 
@@ -22,6 +24,7 @@ class SupervisedModule(BackboneModule):
     """
 
     heads: ClassVar[dict[str, HeadName]] = {}
+    data: ClassVar[type[TextData] | None] = None
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -29,6 +32,16 @@ class SupervisedModule(BackboneModule):
         for name, metric in self.metrics.items():
             # Registered one by one: Lightning moves and resets metrics that are attributes.
             self.add_module(f"metric_{name}", metric)
+
+    def check_data(self, data: Any, response_length: int = 0) -> None:
+        """Refuse batches of another kind: their halves are chosen and rejected responses, or they are not.
+
+        Raises:
+            ValueError: The data module gives other batches than :meth:`losses` reads.
+        """
+        if self.data is not None and isinstance(data, TextData) and not isinstance(data, self.data):
+            raise ValueError(f"{type(self).__name__} is trained on {self.data.__name__}, not on {type(data).__name__}")
+        super().check_data(data, response_length)
 
     def make_layout(self) -> Layout:
         """Return one trunk, read by every head in one pass."""
@@ -99,6 +112,7 @@ class SFT(SupervisedModule):
     """
 
     heads: ClassVar[dict[str, HeadName]] = {"actor": "lm"}
+    data = InstructionData
 
     def make_metrics(self) -> dict[str, Metric]:
         """Return perplexity."""
@@ -122,6 +136,7 @@ class RewardModel(SupervisedModule):
     """
 
     heads: ClassVar[dict[str, HeadName]] = {"reward": "reward"}
+    data = PreferenceData
 
     def make_metrics(self) -> dict[str, Metric]:
         """Return pairwise accuracy and margin."""
@@ -147,6 +162,7 @@ class HydraSFT(SupervisedModule):
     """
 
     heads: ClassVar[dict[str, HeadName]] = {"actor": "lm", "reward": "reward"}
+    data = PreferenceData
 
     def __init__(self, gamma: float = 0.1, **kwargs: Any) -> None:
         if gamma < 0:

@@ -2,8 +2,16 @@
 
 from lit_rlhf.backbone.adapters import AdapterSwitch, LoraArgs
 from lit_rlhf.backbone.backbone import Backbone, build_backbone
+from lit_rlhf.backbone.checks import check_length, check_model, context_length, vocabulary
 from lit_rlhf.backbone.compilation import compile_layers
-from lit_rlhf.backbone.loading import DType, load_language_model, load_tokenizer, resolve_source, without_weights
+from lit_rlhf.backbone.loading import (
+    DType,
+    load_language_model,
+    load_tokenizer,
+    read_config,
+    resolve_source,
+    without_weights,
+)
 from lit_rlhf.backbone.lora_sets import LoraSet, RoleModel
 from lit_rlhf.backbone.quantization import Quantization
 from lit_rlhf.backbone.roles import LAYOUTS, Layout, Role, Trunk, find_layout, supervised_layout
@@ -36,7 +44,10 @@ __all__ = [
     "Trunk",
     "build_backbone",
     "check_artefacts",
+    "check_length",
+    "check_model",
     "compile_layers",
+    "context_length",
     "data_parallel_mesh",
     "find_layout",
     "fingerprint_parents",
@@ -44,9 +55,11 @@ __all__ = [
     "load_language_model",
     "load_tokenizer",
     "make_record",
+    "read_config",
     "read_spec",
     "resolve_source",
     "shard",
     "supervised_layout",
+    "vocabulary",
     "without_weights",
 ]

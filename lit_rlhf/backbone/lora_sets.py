@@ -171,34 +171,47 @@ def attach_sets(model: PreTrainedModel, sets: Mapping[str, LoraArgs | LoraSet]) 
 
 
 def check_targets(model: PreTrainedModel, args: LoraArgs) -> None:
-    """Raise ValueError where a named target matches no module; PEFT trains the rest without a word."""
+    """Refuse targets that match nothing, where PEFT trains the rest without a word, or what cannot carry LoRA.
+
+    Args:
+        model: Plain; its weights may be on the meta device.
+        args: The settings.
+
+    Raises:
+        ValueError: A target is no regular expression, matches no module, or one that is no linear layer.
+    """
     targets = args.target_modules
     if isinstance(targets, str) and targets.lower() == "all-linear":
         return
-    names = [name for name, _ in model.named_modules() if name]
+    modules = {name: module for name, module in model.named_modules() if name}
+    matched: dict[str, list[str]]
     if isinstance(targets, str):
         try:
-            missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+            matched = {targets: [name for name in modules if re.fullmatch(targets, name)]}
         except re.error as error:
             raise ValueError(f"lora.target_modules {targets!r} is no regular expression: {error}") from error
         kind = "no module path matches the regular expression (a list names modules)"
     else:
-        missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+        matched = {t: [name for name in modules if name == t or name.endswith(f".{t}")] for t in targets}
         kind = "no module is named"
-    if missing:
-        head = model.get_output_embeddings()
-        linears = sorted(
-            {
-                name.rpartition(".")[2]
-                for name, m in model.named_modules()
-                if m is not head and not isinstance(m, nn.Embedding) and getattr(m, "weight", head.weight).dim() == 2
-                if hasattr(m, "weight")
-            }
-        )
+    head = model.get_output_embeddings()
+    linear = {name for name, module in modules.items() if module is not head and _is_linear(module)}
+    there = f"linear layers of {type(model).__name__}: {', '.join(sorted({n.rpartition('.')[2] for n in linear}))}"
+    if missing := [target for target, names in matched.items() if not names]:
+        raise ValueError(f"lora.target_modules: {kind} {', '.join(map(repr, missing))}; {there}")
+    for name in (name for names in matched.values() for name in names if name not in linear):
+        module = modules[name]
+        if module is head or isinstance(module, nn.Embedding):
+            raise ValueError(f"lora.target_modules adapts {name}; input and output embedding cannot carry LoRA here")
         raise ValueError(
-            f"lora.target_modules: {kind} {', '.join(map(repr, missing))}; "
-            f"linear layers of {type(model).__name__}: {', '.join(linears)}"
+            f"lora.target_modules adapts {name}, a {type(module).__name__}, which cannot carry LoRA; {there}"
         )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Say whether a module is a linear layer of any kind: torch's, transformers' Conv1D, or a quantised one."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding)
 
 
 def _refuse_embeddings(wrapped: PeftModel) -> None:

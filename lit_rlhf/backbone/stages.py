@@ -18,6 +18,7 @@ from lit_rlhf.backbone.loading import DType, load_language_model
 from lit_rlhf.backbone.lora_sets import LoraSet, RoleModel
 from lit_rlhf.backbone.quantization import Quantization, check_quantization, quantize
 from lit_rlhf.backbone.roles import ArtefactName, HeadName, Layout, Role, Trunk
+from lit_rlhf.checkpoint_files import load_file
 
 RECORD_KEY = "lit_rlhf"
 FORMAT = 1
@@ -103,8 +104,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Load a checkpoint file written by this package, tensors mapped lazily, plain types only.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is not a readable checkpoint of this package.
+        CheckpointError: There is no such file, or it is not a readable checkpoint.
+        ValueError: It is not one of this package's.
     """
     file = Path(path)
     if file.is_dir():
@@ -112,13 +113,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"checkpoint {file} is a folder of shards, as FSDP2 writes them; give the strategy "
             "save_distributed_checkpoint: false, and resume once, to get one file"
         )
-    if not file.is_file():
-        raise FileNotFoundError(f"checkpoint {file} does not exist; give the .ckpt file that an earlier stage wrote")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise ValueError(f"checkpoint {file} cannot be read ({type(error).__name__}: {error})") from error
-    record = content.get(RECORD_KEY) if isinstance(content, dict) else None
+    content = load_file(file, mmap=True)
+    record = content.get(RECORD_KEY)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"checkpoint {file} was not written by this version of lit_rlhf (no {RECORD_KEY!r} record)")
     return content

@@ -2,8 +2,6 @@
 
 import errno
 import os
-import pickle
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or is not one that can be resumed."""
+from lit_rlhf.checkpoint_files import CheckpointError, load_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -66,18 +62,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = _local(path)
         if target is None:
             return super().load_checkpoint(path, map_location, weights_only)
-        if not target.is_file():
-            kind = "is a folder" if target.is_dir() else "does not exist"
-            raise CheckpointError(f"checkpoint {target} {kind}; give the .ckpt file that an earlier run wrote")
-        if not target.stat().st_size:
-            raise CheckpointError(f"checkpoint {target} is empty; use an earlier one")
-        try:
-            content = torch.load(target, map_location=map_location, weights_only=weights_only is not False)
-        except Exception as error:
-            raise CheckpointError(_why_not_read(target, error)) from error
-        if not isinstance(content, dict) or "state_dict" not in content:
-            raise CheckpointError(f"{target} is a file of torch's but no checkpoint of a run: it holds no state_dict")
-        return content
+        return load_file(target, map_location, weights_only is not False)
 
 
 def _local(path: str | Path) -> Path | None:
@@ -128,22 +113,6 @@ def _why_not_written(target: Path, error: OSError) -> str:
     else:
         rest = "There is no earlier file of that name. Free some space, or give ModelCheckpoint another dirpath"
     return f"checkpoint {target} could not be written: {error.strerror or error}{space}. {rest}"
-
-
-def _why_not_read(target: Path, error: Exception) -> str:
-    text = str(error)
-    if isinstance(error, pickle.UnpicklingError) and (
-        found := re.search(r"(?:GLOBAL|Unsupported global:) (\S+)", text)
-    ):
-        name = text[found.end() :].split()[0] if found[1] == "GLOBAL" else found[1]
-        return (
-            f"checkpoint {target} is refused: it holds {name}, and reading it could run code. Checkpoints of lit_rlhf "
-            "hold tensors and plain values only; get the file from somewhere you trust"
-        )
-    if isinstance(error, OSError) and error.errno != errno.EINVAL:
-        return f"checkpoint {target} cannot be read: {error.strerror or error}"
-    # What torch says of a torn file is about zip archives and pickles; it stays the cause.
-    return f"checkpoint {target} cannot be read: it is torn (its writing was cut short) or no checkpoint; use another"
 
 
 class SafeCheckpoints(Callback):

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf import algorithms
 from lit_rlhf.algorithms import HydraSFT, OnPolicyModule, RewardModel
-from lit_rlhf.backbone import LoraArgs, find_layout
+from lit_rlhf.backbone import LoraArgs, check_length, context_length, find_layout, read_config
 from lit_rlhf.callbacks import PhaseListener
 from lit_rlhf.callbacks.memory import CudaMeter, HostMeter, Meter, bytes_by_kind, merge_peaks
 from lit_rlhf.commands.bench import Workload
@@ -111,7 +111,12 @@ def find_algorithm(name: str) -> type[OnPolicyModule]:
 
 
 def make_module(layout: str, algorithm: str, workload: Workload, folder: Path) -> OnPolicyModule:
-    """Return the module to measure, its weights not loaded yet."""
+    """Return the module to measure, its weights not loaded yet.
+
+    Raises:
+        ValueError: The workload is longer than the model reads, or the layout or algorithm is unknown.
+    """
+    check_length(context_length(read_config(workload.model)), workload.prompt_length, workload.response_length)
     stage = stage_of(layout)
     argument = "reward_checkpoint" if stage == REWARD else "policy_checkpoint"
     length = workload.response_length

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def generate(
@@ -45,7 +46,10 @@ def generate(
     if not texts:
         raise ValueError("give --prompt TEXT or --prompts FILE")
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-    if problems := sampling.problems():
+    problems = sampling.problems()
+    if batch_size < 1:
+        problems.append(f"batch_size must be at least 1, got {batch_size}")
+    if problems:
         raise ValueError("; ".join(problems))
     model, tokenizer = load_source(source, role)
     if torch.cuda.is_available():
@@ -64,15 +68,11 @@ def generate(
     os.replace(temporary, out)
 
 
-def _read_prompts(path: str) -> list:
+def _read_prompts(path: str) -> list[Any]:
     from lit_rlhf.data.readers import read_rows
+    from lit_rlhf.data.schemas import Fields, parse_prompt
 
-    texts = []
-    for row in read_rows(path):
-        if "prompt" not in row.data:
-            raise ValueError(f"{row.where}: no field 'prompt'")
-        texts.append(row.data["prompt"])
-    return texts
+    return [parse_prompt(row, Fields("columns")).prompt for row in read_rows(path)]
 
 
 def main(argv: list[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.backbone import StageCheckpoint, load_language_model, load_tokenizer
+from lit_rlhf.backbone import StageCheckpoint, check_length, context_length, load_language_model, load_tokenizer
 from lit_rlhf.data import Prompt, TokenizeOptions, collate_prompts, tokenize_prompts
 from lit_rlhf.rollout import Sampling, generate
 
@@ -65,9 +65,14 @@ def complete(
         sampling: How to sample.
         greedy: Take the most probable token instead.
         batch_size: Prompts decoded at once.
+
+    Raises:
+        ValueError: A prompt and its response are longer than the model reads.
     """
     records = [Prompt(prompt, {}, f"prompt {index + 1}") for index, prompt in enumerate(prompts)]
     examples = tokenize_prompts(records, tokenizer, TokenizeOptions(max_prompt_length=sys.maxsize))
+    longest = max(map(len, examples), default=0)
+    check_length(context_length(model.config), longest, sampling.max_new_tokens)
     batch = collate_prompts(examples, int(tokenizer.pad_token_id))
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     listed = configured if isinstance(configured, list) else [configured]

@@ -5,7 +5,7 @@ import itertools
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 
 def silence_warnings() -> None:
@@ -35,7 +35,16 @@ def run(function: Callable[..., Any], argv: list[str], name: str) -> None:
     """Call a command with parsed arguments; an error of the user's making is one line, not a traceback."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog=f"lit-rlhf {name}", description=(function.__doc__ or "").split("\n")[0])
+    from lit_rlhf.commands.messages import parser_message
+
+    class Parser(ArgumentParser):
+        """Names what is wrong without the usage, which ``--help`` shows."""
+
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            print(f"lit-rlhf {name}: {parser_message(message)}", file=sys.stderr)
+            raise SystemExit(2)
+
+    parser = Parser(prog=f"lit-rlhf {name}", description=(function.__doc__ or "").split("\n")[0])
     parser.add_function_arguments(function, as_positional=True)
     arguments = parser.parse_args(spell_out_flags(function, argv))
     try:

@@ -1,9 +1,7 @@
 """``lit-rlhf fit|validate|test|predict``: LightningCLI with our classes, defaults and callbacks."""
 
-import itertools
 import logging
 import os
-import re
 import shlex
 import sys
 from typing import Any, NoReturn
@@ -20,6 +18,8 @@ import lit_rlhf.data
 import lit_rlhf.rollout  # noqa: F401  (short class names work for imported classes)
 from lit_rlhf.algorithms import BackboneModule
 from lit_rlhf.callbacks import CheckpointError, IterationProgress, NonFiniteError, PredictionWriter
+from lit_rlhf.cli import config_files
+from lit_rlhf.commands.messages import check_files, is_for_the_user, parser_message
 from lit_rlhf.commands.run import silence_warnings
 from lit_rlhf.data import DataError
 from lit_rlhf.rollout import RewardError
@@ -52,23 +52,14 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-# jsonargparse tells of every branch of a Union; these lines hold no cause.
-NO_CAUSE = ("Does not validate against", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
-
-
 class Parser(LightningArgumentParser):
-    """Names what is wrong in one line, or few; ``JSONARGPARSE_DEBUG=1`` shows everything."""
+    """Names what is wrong in one line, or few; ``JSONARGPARSE_DEBUG=true`` shows everything."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the way to the wrong setting and what is wrong with it, and stop with status 2."""
         if os.environ.get("JSONARGPARSE_DEBUG") or not self.exit_on_error:
             super().error(message, ex)
-        kept = [line for line in message.splitlines() if not line.strip().startswith(NO_CAUSE)] or [message]
-        kept = [re.sub(r"(Parser key|- Problem with given class_path) [\"'](.+)[\"']:$", r"\2:", line) for line in kept]
-        indents = [len(line) - len(line.lstrip()) for line in kept]
-        nested = all(outer < inner for outer, inner in itertools.pairwise(indents))
-        text = " ".join(line.strip().removeprefix("- ") for line in kept) if nested else "\n".join(kept)
-        print(f"lit-rlhf: {text}", file=sys.stderr)
+        print(f"lit-rlhf: {parser_message(message)}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -99,6 +90,13 @@ class CLI(LightningCLI):
                 raise cause from cause.__cause__
             print(f"lit-rlhf: {cause}", file=sys.stderr)
             raise SystemExit(1) from error
+
+    def _check_checkpoint(self) -> None:
+        if path := self._get(self.config, "ckpt_path"):
+            self.model.check_checkpoint(str(path))
+
+    # LightningCLI calls these before the subcommand of that name; the restore comes after the weights have loaded.
+    before_fit = before_validate = before_test = before_predict = _check_checkpoint
 
     def _check_strategy(self) -> None:
         """Refuse a strategy before Lightning asks for its package or its accelerator."""
@@ -155,13 +153,24 @@ def main(args: list[str] | None) -> None:
         if checkpoint := getattr(stop, "checkpoint", None):
             say(f"resume with\n  {resume_command(sys.argv[1:] if args is None else args, checkpoint)}")
         raise
-    except (CheckpointError, DataError, NonFiniteError, RewardError, StrategyError) as error:
-        say(str(error))
+    except Exception as error:
+        ours = CheckpointError | DataError | NonFiniteError | RewardError | StrategyError
+        if os.environ.get("JSONARGPARSE_DEBUG") or not (isinstance(error, ours) or is_for_the_user(error)):
+            raise
+        rank = getattr(rank_zero_only, "rank", 0)  # the others say it too, for an error may be only theirs
+        print(f"lit-rlhf: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from error
 
 
 def run_cli(args: list[str] | None) -> None:
     """Parse the arguments and run the subcommand."""
+    words = sys.argv[1:] if args is None else args
+    if words[0] in LightningCLI.subcommands():
+        try:
+            check_files(words[0], config_files(words))
+        except ValueError as error:
+            print(f"lit-rlhf: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
     silence_warnings()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     CLI(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, get_args
@@ -56,6 +57,15 @@ class ExampleDataset(Dataset[ExampleT]):
 
     def __getitem__(self, index: int) -> ExampleT:
         return self.examples[index]
+
+    def longest(self) -> int:
+        """Tokens of the longest example, 0 of none."""
+        return max(map(len, self.examples), default=0)
+
+    def largest_id(self) -> int:
+        """The largest token id, 0 of none."""
+        columns = (value for example in self.examples for value in vars(example).values())
+        return max((max(ids) for ids in columns if isinstance(ids, array) and ids), default=0)
 
 
 def check(*conditions: tuple[bool, str]) -> None:

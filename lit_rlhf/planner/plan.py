@@ -9,8 +9,17 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from lit_rlhf.backbone import LAYOUTS, Backbone, DType, Layout, LoraArgs, find_layout, supervised_layout
-from lit_rlhf.planner.shapes import context_length, depth, kv_cache_bytes, with_depth
+from lit_rlhf.backbone import (
+    LAYOUTS,
+    Backbone,
+    DType,
+    Layout,
+    LoraArgs,
+    context_length,
+    find_layout,
+    supervised_layout,
+)
+from lit_rlhf.planner.shapes import depth, kv_cache_bytes, with_depth
 from lit_rlhf.planner.simulation import Peaks, Simulation, Sizes, decoder_layers
 from lit_rlhf.planner.steps import default_samples, roles_of, trained_roles
 

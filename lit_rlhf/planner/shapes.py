@@ -1,13 +1,12 @@
 """Architectures without weights: configs by name, at any depth, and what their KV cache occupies."""
 
 import copy
-import importlib.util
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GPT2Config, LlamaConfig, OPTConfig, PretrainedConfig
+from transformers import GPT2Config, LlamaConfig, OPTConfig, PretrainedConfig
 
-from lit_rlhf.backbone import DType, resolve_source
+from lit_rlhf.backbone import DType, read_config
 
 _KEYS = {
     LlamaConfig: ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -74,15 +73,12 @@ def load_config(model: str) -> PretrainedConfig:
     if model in SHAPES:
         kind, settings = SHAPES[model]
         return kind(**settings)
-    source = resolve_source(model)
-    if source.gguf_file and importlib.util.find_spec("gguf") is None:
-        raise ImportError(f"model {model!r} is a GGUF file; reading it needs: pip install gguf")
     try:
-        return AutoConfig.from_pretrained(source.path, **source._gguf)
-    except (OSError, ValueError) as error:
-        built_in = ", ".join(SHAPES)
-        first = str(error).strip().split("\n")[0]
-        raise OSError(f"config of {model!r} could not be read: {first} Built-in shapes: {built_in}") from error
+        return read_config(model)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise OSError(f"{error}. Built-in shapes: {', '.join(SHAPES)}") from error
 
 
 def depth(config: PretrainedConfig) -> int:
@@ -101,16 +97,6 @@ def with_depth(config: PretrainedConfig, layers: int) -> PretrainedConfig:
     for name in per_layer:
         setattr(text, name, getattr(text, name)[:layers])
     return config
-
-
-def vocabulary(config: PretrainedConfig) -> int:
-    """Return the size of the vocabulary."""
-    return int(config.get_text_config(decoder=True).vocab_size)
-
-
-def context_length(config: PretrainedConfig) -> int | None:
-    """Return the most tokens the model can read, None where its config states no limit."""
-    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def kv_cache_bytes(config: PretrainedConfig, batch: int, tokens: int, dtype: DType) -> int:

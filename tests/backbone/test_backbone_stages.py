@@ -18,6 +18,7 @@ from lit_rlhf.backbone import (
     supervised_layout,
 )
 from lit_rlhf.backbone.lora_sets import concatenate
+from lit_rlhf.checkpoint_files import CheckpointError
 
 ROLES = ("actor", "critic", "reference", "reward")
 SFT = {"actor": "lm"}
@@ -386,13 +387,13 @@ def test_reward_head_left_behind_by_a_later_stage_is_refused(run_stage, base_mod
 
 def test_missing_file(base_model):
     spec = BackboneSpec(base_model, lora=lora(), policy_checkpoint="/nowhere/last.ckpt")
-    with pytest.raises(FileNotFoundError, match=r"/nowhere/last.ckpt does not exist; give the .ckpt file"):
+    with pytest.raises(CheckpointError, match=r"/nowhere/last.ckpt does not exist; give the .ckpt file"):
         build_backbone(spec, LAYOUTS["hydra"])
 
 
 def test_missing_file_along_the_chain(ppo, hydra_sft):
     Path(hydra_sft[0]).unlink()
-    with pytest.raises(FileNotFoundError, match=r"hydra_sft.ckpt does not exist"):
+    with pytest.raises(CheckpointError, match=r"hydra_sft.ckpt does not exist"):
         StageCheckpoint.read(ppo[0]).role_model("actor")
 
 
@@ -400,14 +401,17 @@ def test_missing_file_along_the_chain(ppo, hydra_sft):
 def test_torn_file(keep, sft):
     content = Path(sft[0]).read_bytes()
     Path(sft[0]).write_bytes(content[: int(len(content) * keep)])
-    with pytest.raises(ValueError, match=r"sft.ckpt cannot be read"):
+    with pytest.raises(ValueError, match=r"sft.ckpt (cannot be read: it is torn|is empty)"):
         StageCheckpoint.read(sft[0])
 
 
 @pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], {"lit_rlhf": {"format": 999}}, {"lit_rlhf": 3}])
 def test_foreign_checkpoint(content, tmp_path):
     torch.save(content, tmp_path / "foreign.ckpt")
-    with pytest.raises(ValueError, match=r"foreign.ckpt was not written by this version of lit_rlhf"):
+    with pytest.raises(
+        ValueError,
+        match=r"foreign.ckpt (was not written by|is a file of torch's but no checkpoint)",
+    ):
         StageCheckpoint.read(tmp_path / "foreign.ckpt")
 
 
@@ -421,7 +425,7 @@ class Payload:
 def test_pickled_code_is_refused(run_stage, base_model):
     spec = BackboneSpec(base_model, lora=lora())
     path, _ = run_stage("evil", spec, supervised_layout(SFT, lora=True), callbacks={"x": Payload()})
-    with pytest.raises(ValueError, match=r"evil.ckpt cannot be read \(UnpicklingError"):
+    with pytest.raises(ValueError, match=r"evil.ckpt is refused: it holds .*, and reading it could run code"):
         StageCheckpoint.read(path)
     assert not Payload.ran
 

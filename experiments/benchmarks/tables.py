@@ -62,7 +62,7 @@ def layout_table(content: dict[str, Any]) -> list[str]:
     """Layouts and algorithms against each other."""
     groups = configurations(content["runs"])
     lines = [
-        "| | s / sample | generation | scoring | training | weights, gradients, Adam: GiB | peak RSS, GiB | of roofline |",
+        "| | s / sample | generation | scoring | training | kept, GiB | peak RSS, GiB | of roofline |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in content["comparison"].items():
@@ -72,7 +72,12 @@ def layout_table(content: dict[str, Any]) -> list[str]:
         cells = [show(row["seconds_per_sample"]), *phases, f"{held:.2f}", gib(row["peak_bytes"])]
         lines.append(f"| {name} | {' | '.join(cells)} | {first['roofline']['fraction']['total']:.0%} |")
     runs = content["runs"]
-    return [*lines, "", where(runs[0], runs[0]["threads"], [r["load_average"] for r in runs])]
+    return [
+        *lines,
+        "",
+        "Kept: weights, gradients and Adam's moments. "
+        + where(runs[0], runs[0]["threads"], [r["load_average"] for r in runs]),
+    ]
 
 
 def budget_table(content: dict[str, Any]) -> list[str]:

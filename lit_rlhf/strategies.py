@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lit_rlhf.backbone import StrategyError, data_parallel_mesh
 from lit_rlhf.backbone.stages import read_checkpoint
-from lit_rlhf.callbacks import CheckpointError
+from lit_rlhf.checkpoint_files import CheckpointError
 
 # By the first word of Lightning's registered names.
 REFUSED = {

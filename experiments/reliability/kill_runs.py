@@ -132,10 +132,7 @@ def settings(run: Run, stages: Path, seed: int) -> dict[str, Any]:
                                                             "enable_version_counter": False}},
         ],
     }  # fmt: skip
-    if run.strategy == "ddp":
-        trainer["strategy"] = "ddp"
-    if run.strategy == "fsdp2":
-        sizes = {"data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False}
-        trainer["strategy"] = {"class_path": "ModelParallelStrategy", "init_args": sizes}
+    if run.strategy != "single":
+        trainer["strategy"] = run.strategy
     model = {"class_path": run.algorithm, "init_args": arguments}
     return {"seed_everything": seed, "trainer": trainer, "model": model, "data": data}

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_rlhf.algorithms.on_policy import OnPolicyModule, out_of_range
+from lit_rlhf.algorithms.on_policy import OnPolicyModule
+from lit_rlhf.algorithms.ranges import out_of_range
 from lit_rlhf.backbone import is_sharded
 from lit_rlhf.functional import clipped_value_loss, explained_variance, finish_moments, moments
 from lit_rlhf.rollout import Experience

@@ -37,7 +37,6 @@ from lit_rlhf.backbone import (
 )
 from lit_rlhf.callbacks import NumericalGuard, OnNonFinite, SafeCheckpoints, StopOnSigterm
 from lit_rlhf.checkpoint_files import load_file
-from lit_rlhf.data.base import ExampleDataset
 from lit_rlhf.strategies import check_strategy
 
 
@@ -56,7 +55,7 @@ class BackboneModule(L.LightningModule):
         quantization: ``int8`` or ``nf4`` holds frozen trunks in 8 or 4 bits (bitsandbytes, on CUDA).
         gradient_checkpointing: Recompute activations in backward: less memory, more time.
         compile_layers: Compile the decoder layers with ``torch.compile`` for scoring and training; not together with
-            ``gradient_checkpointing``.
+            ``gradient_checkpointing`` or a compiled engine.
         on_non_finite: At a NaN or infinity in reward, log-probs, loss or gradient, ``raise`` stops the run and names
             the samples; ``skip_step`` leaves that optimizer step out and counts it.
 
@@ -139,7 +138,7 @@ class BackboneModule(L.LightningModule):
             ValueError: See :func:`lit_rlhf.backbone.check_model`.
         """
         parts = [getattr(data, name, None) for name in ("train_dataset", "val_dataset")]
-        known = [part for part in parts if isinstance(part, ExampleDataset)]
+        known: list[Any] = [part for part in parts if hasattr(part, "longest")]
         longest = max((part.longest() for part in known), default=0)
         check_model(
             self.spec, self.tokenizer, longest, response_length, lambda: max(part.largest_id() for part in known)

@@ -1,7 +1,6 @@
 """The base of on-policy algorithms: rollout, estimate, loss, in this order."""
 
 import os
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +9,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_rlhf.algorithms.base import BackboneModule
+from lit_rlhf.algorithms.carried import CarriedPass
+from lit_rlhf.algorithms.ranges import out_of_range
 from lit_rlhf.backbone import Layout, LoraArgs, find_layout, is_sharded
 from lit_rlhf.callbacks import PhaseTimer, SampleTable, TrainingPhase, phase
 from lit_rlhf.functional import AdaptiveKL, FixedKL, KLController, KLEstimator, kl_estimate, masked_sum
@@ -48,7 +49,8 @@ class OnPolicyModule(BackboneModule):
         inner_epochs: Passes over each rollout.
         rollout_batch_size: Responses generated and scored at once; None takes the whole rollout.
         group_by_length: Make minibatches of responses of similar length, and score and train them without the padding
-            they share: less work where lengths vary much, at the price of minibatches that are no random samples.
+            they share: less work where lengths vary much, at the price of minibatches that are no random samples. They
+            are then scored ``minibatch_size`` at once, whatever ``rollout_batch_size`` says.
         kl: Controller of the KL penalty's coefficient; None is ``FixedKL(0.05)``.
         kl_estimator: Per-token KL estimate in the penalty.
         score_clip: Clip scores to ``[-score_clip, score_clip]`` after scaling; None does not.
@@ -116,7 +118,7 @@ class OnPolicyModule(BackboneModule):
         self.log_samples = log_samples
         if problems := self.problems():
             raise ValueError("invalid configuration:\n" + "\n".join(f"  - {problem}" for problem in problems))
-        self._carried: tuple[tuple[str, ...], int, dict[str, Tensor]] | None = None
+        self._carried = CarriedPass()
         base_seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
         self.group_by_length = group_by_length
         self.rollout_buffer = RolloutBuffer(
@@ -133,6 +135,8 @@ class OnPolicyModule(BackboneModule):
             if part > 0 and self.rollout_size % part:
                 found.append(f"rollout_size {self.rollout_size} must be a multiple of {name} {part}")
         found += self._one_pass_problems()
+        if self.compile_layers and getattr(self.engine, "compile", False):
+            found.append("compile_layers and engine.compile exclude each other; leave one of them out")
         if self.keep_log_probs and not self.engine.gives_log_probs:
             found.append(f"keep_log_probs: {type(self.engine).__name__} gives no log-probs; leave it out, or false")
         try:
@@ -290,21 +294,23 @@ class OnPolicyModule(BackboneModule):
     def carried_roles(self, experience: Experience) -> tuple[str, ...]:
         """Return the roles whose pass in training is run in scoring already, and kept with its graph.
 
-        Only where the whole rollout is one minibatch: then the loss reads the same weights on the same rows.
+        Only where the whole rollout is one minibatch, and is scored at once: the loss reads the same rows and weights.
         """
-        trained = self._trainer is not None and len(self.rollout_buffer) == 1 and not is_sharded(self.backbone)
-        return self.roles_to_carry(experience) if trained else ()
+        whole = len(self.rollout_buffer) == 1 and self.rollout_batch_size >= self.rollout_size
+        trained = self._trainer is not None and not is_sharded(self.backbone)
+        return self.roles_to_carry(experience) if whole and trained else ()
 
     def roles_to_carry(self, experience: Experience) -> tuple[str, ...]:
         """Return what :meth:`carried_roles` names; at most one graph is kept, the first that the loss needs."""
         return ("actor",) if experience.log_probs is None else ()
 
     def _carry(self, roles: tuple[str, ...], experience: Experience) -> None:
+        self._carried.drop()
         if not roles:
             return
         with torch.enable_grad():
             read = self.read_for_loss(roles, experience)
-        self._carried = (roles, experience.tokens.data_ptr(), read)
+        self._carried.put(roles, experience, read)
         if "critic" in read:
             experience.values = read["critic"].detach()
         if experience.log_probs is None and "actor" in read:
@@ -316,9 +322,9 @@ class OnPolicyModule(BackboneModule):
 
     def read_for_loss(self, roles: tuple[str, ...], minibatch: Experience) -> dict[str, Tensor]:
         """Read roles with gradients, see :meth:`Backbone.forward`; what scoring carried over is handed out once."""
-        b, carried, self._carried = minibatch, self._carried, None
-        if carried is not None and carried[:2] == (roles, b.tokens.data_ptr()):
-            return carried[2]
+        b = minibatch
+        if (carried := self._carried.take(roles, b)) is not None:
+            return carried
         return self.backbone(roles, b.tokens, b.attention_mask, b.mask, **self.reading_options())
 
     def _read(self, roles: tuple[str, ...], experience: Experience) -> dict[str, Tensor]:
@@ -388,6 +394,7 @@ class OnPolicyModule(BackboneModule):
     def training_step(self, batch: Experience, batch_idx: int) -> Tensor:
         """Return the minibatch's loss; Lightning does backward, clipping and the step."""
         loss = self.loss(batch)
+        self._carried.drop()  # where the loss did not ask for it
         self.log_training({"loss": loss}, len(batch))
         return loss
 
@@ -425,27 +432,3 @@ class OnPolicyModule(BackboneModule):
         super().on_load_checkpoint(checkpoint)
         self.kl.load_state_dict(checkpoint["controllers"]["kl"])
         self.reward_scaler.load_state_dict(checkpoint["controllers"]["reward_scaler"])
-
-
-def out_of_range(
-    settings: object, unit: Sequence[str] = (), positive: Sequence[str] = (), not_negative: Sequence[str] = ()
-) -> list[str]:
-    """Return one line for each attribute outside its range; None is always inside.
-
-    Args:
-        settings: The object.
-        unit: Attributes in [0, 1].
-        positive: Attributes above 0.
-        not_negative: Attributes of at least 0.
-    """
-    found = []
-    for names, holds, text in (
-        (unit, lambda value: 0 <= value <= 1, "in [0, 1]"),
-        (positive, lambda value: value > 0, "positive"),
-        (not_negative, lambda value: value >= 0, "at least 0"),
-    ):
-        for name in names:
-            value = getattr(settings, name)
-            if value is not None and not holds(value):
-                found.append(f"{name} must be {text}, got {value}")
-    return found

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_rlhf.algorithms.actor_critic import ActorCriticModule, drop_gradients
-from lit_rlhf.algorithms.on_policy import out_of_range
+from lit_rlhf.algorithms.ranges import out_of_range
 from lit_rlhf.backbone import is_sharded
 from lit_rlhf.functional import (
     clipped_policy_loss,

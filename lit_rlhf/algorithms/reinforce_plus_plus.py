@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_rlhf.algorithms.on_policy import OnPolicyModule, out_of_range
+from lit_rlhf.algorithms.on_policy import OnPolicyModule
+from lit_rlhf.algorithms.ranges import out_of_range
 from lit_rlhf.functional import clipped_policy_loss, finish_moments, moments, returns_to_go, token_rewards, whiten
 from lit_rlhf.rollout import Experience
 

@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_rlhf.algorithms.on_policy import OnPolicyModule, out_of_range
+from lit_rlhf.algorithms.on_policy import OnPolicyModule
+from lit_rlhf.algorithms.ranges import out_of_range
 from lit_rlhf.functional import clipped_policy_loss, leave_one_out, masked_sum
 from lit_rlhf.rollout import Experience
 

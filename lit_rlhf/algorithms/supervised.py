@@ -63,7 +63,8 @@ class SupervisedModule(BackboneModule):
     def token_count(self, mask: Tensor) -> Tensor | None:
         """Return the divisor of a token loss in training: the ranks' mean count of tokens; None is the batch's own.
 
-        Averaging the ranks' gradients then gives the mean over all their tokens, not the mean of their means.
+        Averaging the ranks' gradients then gives the mean over all their tokens, not the mean of their means. The
+        batches of ``accumulate_grad_batches`` are averaged as they are, each a mean over its own tokens.
 
         Args:
             mask: ``[B, T]`` bool, this rank's tokens that count.

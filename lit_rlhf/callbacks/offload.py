@@ -61,7 +61,8 @@ def move_state(optimizer: Optimizer, device: torch.device) -> None:
 
 
 def _moments(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    for parameter, state in optimizer.state.items():
+    # ZeroRedundancyOptimizer keeps its rank's share in an optimizer of its own.
+    for parameter, state in getattr(optimizer, "optim", optimizer).state.items():
         for name, value in list(state.items()):
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 yield state, name, value

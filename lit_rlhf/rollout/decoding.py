@@ -154,7 +154,6 @@ def decode(
                 decoder.keep(index)
                 rows, tokens, ended = rows[index], tokens[index], ended[index]
         logits = decoder.step(tokens)  # noqa: F841 (read above)
-    decoder.finish()
     sampler.check()
     longest = _longest(responses, eos)
     return responses[:, :longest], log_probs[:, :longest]

@@ -77,6 +77,7 @@ class TransformersEngine(Engine):
     def __init__(self, cache: Literal["dynamic", "static"] = "dynamic", compile: bool = False) -> None:
         if compile and cache != "static":
             raise ValueError("engine.compile needs engine.cache: static; the steps of a growing cache differ in shape")
+        self.compile = compile
         self.decoder = StaticDecoder(compile) if cache == "static" else DynamicDecoder()
 
     def generate(self, *args: Any, **kwargs: Any) -> Experience:

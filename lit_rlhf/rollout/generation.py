@@ -74,7 +74,10 @@ def generate(
         rows = slice(first * per_prompt, (first + prompts_at_once) * per_prompt)
         sampler = Sampler(sampling, uniforms[rows], is_greedy[rows], eos)
         decoder = decoder or DynamicDecoder()
-        part = decode(decoder, model, tokens[prompts], attention_mask[prompts], sampler, pad_id, in_step)
+        try:
+            part = decode(decoder, model, tokens[prompts], attention_mask[prompts], sampler, pad_id, in_step)
+        finally:
+            decoder.finish()  # an error must not leave the cache behind
         if part is None:
             part = _generate_elsewhere(model, tokens[prompts], attention_mask[prompts], sampler, pad_id, in_step)
         parts.append(part[0])

@@ -58,7 +58,10 @@ class Sampling:
         """Return ``[B, 1]``: the least weight of the smallest set of tokens that holds ``top_p`` of the mass."""
         mass = self.top_p * weights.sum(dim=1, keepdim=True)
         head = weights.topk(min(self.top_k or NUCLEUS_HEAD, weights.shape[1])).values
-        if self.top_k == 0 and bool((head.sum(dim=1, keepdim=True) < mass).any()):
+        # A GPU would wait for the answer at every step: it sorts.
+        if (self.top_k == 0 and weights.device.type != "cpu") or (
+            self.top_k == 0 and bool((head.sum(dim=1, keepdim=True) < mass).any())
+        ):
             head = weights.sort(dim=1, descending=True).values
         larger = head.cumsum(dim=1) - head
         last = (larger < mass).sum(dim=1, keepdim=True) - 1

@@ -27,6 +27,7 @@ from lit_rlhf import (
     ReMax,
     Sampling,
 )
+from lit_rlhf.algorithms.carried import CarriedPass
 from lit_rlhf.evaluation import mean_ci95
 from lit_rlhf.functional import clipped_policy_loss, policy_gradient_loss
 
@@ -553,10 +554,53 @@ def test_a_rollout_of_one_minibatch_is_not_read_twice_for_the_loss(
         trainer.fit(module, prompts)
         ends.append({name: value.clone() for name, value in module.state_dict().items()})
         passes.append(record.count)
-        assert module._carried is None
+        assert module._carried._held is None
     assert passes[0] - passes[1] == 2  # one in each of the two iterations
     for name, value in ends[0].items():
         torch.testing.assert_close(ends[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_carried_pass_goes_to_its_own_batch_once() -> None:
+    def batch(rows: int) -> Experience:
+        tokens = torch.zeros(rows, 3, dtype=torch.long)
+        return Experience(tokens, tokens > 0, tokens[:, 1:] > 0, torch.zeros(rows, dtype=torch.bool))
+
+    whole, read, carried = batch(4), {"actor": torch.zeros(4, 2)}, CarriedPass()
+    for roles, other in ((("critic",), whole), (("actor",), whole[:2]), (("actor",), batch(4))):
+        carried.put(("actor",), whole, read)
+        assert carried.take(roles, other) is None
+        assert carried.take(("actor",), whole) is None  # one question ends it
+    carried.put(("actor",), whole, read)
+    assert carried.take(("actor",), whole[:]) is read
+    assert carried.take(("actor",), whole) is None
+
+
+def test_a_loss_that_does_not_ask_for_it_leaves_no_graph(
+    hydra_checkpoint: Path, prompts: PromptData, tmp_path: Path
+) -> None:
+    held = []
+
+    class Own(RLOO):
+        def loss(self, b: Experience) -> Tensor:
+            held.append(self._carried._held is not None)
+            fresh = self.backbone(("actor",), b.tokens, b.attention_mask, b.mask)["actor"]
+            torch.testing.assert_close(fresh.detach(), b.require("log_probs"), rtol=1e-4, atol=1e-5)
+            return fresh.mean()
+
+    module = make(Own, samples_per_prompt=2, keep_log_probs=False, minibatch_size=8,
+                  policy_checkpoint=str(hydra_checkpoint))  # fmt: skip
+    make_trainer(tmp_path, 3).fit(module, prompts)
+    assert held == [True] * 3
+    assert module._carried._held is None
+
+
+def test_rollouts_scored_in_parts_carry_nothing(hydra_checkpoint: Path, prompts: PromptData, tmp_path: Path) -> None:
+    module: Any = make(PPO, policy_checkpoint=str(hydra_checkpoint), minibatch_size=8, rollout_batch_size=4)
+    seen = []
+    carry = module._carry
+    module._carry = lambda roles, experience: seen.append(roles) or carry(roles, experience)
+    make_trainer(tmp_path, 1).fit(module, prompts)
+    assert seen == [()]
 
 
 class CountedPasses(L.Callback):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import make_ppo
 
+from lit_rlhf import TransformersEngine
 from lit_rlhf.backbone import BackboneSpec, LoraArgs, build_backbone, compile_layers, find_layout
 
 ROLES = ("actor", "critic", "reference")
@@ -57,3 +58,8 @@ def test_compiled_layers_compute_the_same():
 def test_it_refuses_recomputation_before_anything_is_loaded():
     with pytest.raises(ValueError, match="compile_layers and gradient_checkpointing exclude each other"):
         make_ppo(compile_layers=True, gradient_checkpointing=True)
+
+
+def test_it_refuses_a_compiled_engine_too():
+    with pytest.raises(ValueError, match=r"compile_layers and engine\.compile exclude each other"):
+        make_ppo(compile_layers=True, engine=TransformersEngine(cache="static", compile=True))

@@ -24,6 +24,19 @@ def test_moments_move_and_step_counts_stay() -> None:
         }  # fmt: skip
 
 
+def test_a_shared_optimizers_own_part_moves() -> None:
+    layer = torch.nn.Linear(3, 2)
+
+    class Shared(torch.optim.SGD):  # as ZeroRedundancyOptimizer
+        optim = torch.optim.AdamW(layer.parameters())
+
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer = Shared(layer.parameters(), lr=1.0)
+    optimizer.optim.step()
+    move_state(optimizer, torch.device("meta"))
+    assert all(state["exp_avg"].device.type == "meta" for state in optimizer.optim.state.values())
+
+
 def test_on_a_cpu_it_says_that_it_does_nothing(hydra_checkpoint: Path, prompts: PromptData, tmp_path: Path) -> None:
     module = make_ppo(policy_checkpoint=str(hydra_checkpoint))
     trainer = make_trainer(tmp_path, 1)

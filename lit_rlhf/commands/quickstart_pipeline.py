@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lit_rlhf.algorithms import PPO, BackboneModule, HydraSFT
 from lit_rlhf.backbone import LoraArgs
 from lit_rlhf.backbone.loading import ASSETS
+from lit_rlhf.checkpoint_files import load_file
 from lit_rlhf.commands import quickstart_report as report
 from lit_rlhf.commands.export import export
 from lit_rlhf.data import PreferenceData, PromptData
@@ -151,7 +152,7 @@ def run_pipeline(out: str, seed: int, tiny: bool, devices: int = 1, strategy: st
     if not first:
         return
     last = folder / "ppo" / "last.ckpt"
-    judged.load_state_dict(torch.load(last, weights_only=True)["state_dict"], strict=False)
+    judged.load_state_dict(load_file(last)["state_dict"], strict=False)
 
     say("[bold]3/4 Evaluation[/] on held-out openings by vaderSentiment, which training never saw")
     with clock("evaluate_after"):

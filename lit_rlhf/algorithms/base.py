@@ -29,6 +29,7 @@ from lit_rlhf.backbone import (
     data_parallel_mesh,
     fingerprint_parents,
     is_sharded,
+    layout_names,
     load_tokenizer,
     make_record,
     read_spec,
@@ -239,20 +240,27 @@ class BackboneModule(L.LightningModule):
         path = None if self._trainer is None else self.trainer.ckpt_path
         self._refuse_foreign(checkpoint, path)
 
-    def check_checkpoint(self, path: str) -> None:
+    def check_checkpoint(self, path: str, max_epochs: int | None = None) -> None:
         """Refuse a checkpoint that cannot be resumed, as far as that can be told before any weights load.
 
         Args:
             path: Its path; remote ones, folders of shards and keywords such as ``last`` are left to the restore.
+            max_epochs: Epochs that the run is to have in the end; None and -1 set no limit.
 
         Raises:
-            ValueError: It is missing, damaged, foreign, or of another algorithm, model or layout.
+            ValueError: It is missing, damaged, foreign, of another algorithm, model or layout, or has more epochs.
         """
         if "://" in path or (Path(path) / "meta.pt").is_file() or path in ("best", "hpc", "last", "registry"):
             return
         content = load_file(Path(path), mmap=True)
         self.spec.fingerprints = fingerprint_parents(self.spec)
         self._refuse_foreign(content, path)
+        done = int(content.get("epoch", -1)) + 1
+        if max_epochs is not None and 0 <= max_epochs < done:
+            raise ValueError(
+                f"checkpoint {path} has {done} finished epochs, but trainer.max_epochs is {max_epochs}. Raise it: it "
+                "counts from the beginning of the run, not from the checkpoint"
+            )
 
     def _refuse_foreign(self, checkpoint: dict[str, Any], path: Any) -> None:
         """Compare a checkpoint's record with this run's; the names of what is trained once the model is there."""
@@ -263,8 +271,9 @@ class BackboneModule(L.LightningModule):
         for key in ("algorithm", "layout", "trainable_names"):
             if saved[key] != ours[key] and ours[key] is not None:
                 raise ValueError(
-                    f"cannot resume: the checkpoint's {key} differs from the configuration's\n"
-                    f"  checkpoint:    {_shortened(saved[key])}\n  configuration: {_shortened(ours[key])}"
+                    f"cannot resume: the checkpoint's {key} differs from the configuration's: "
+                    f"{_named(key, saved[key])} there, {_named(key, ours[key])} here. "
+                    "Set it back, or start anew without --ckpt_path"
                 )
         saved_spec = asdict(read_spec(saved["spec"]))
         for key, value in ours["spec"].items():
@@ -295,6 +304,8 @@ class BackboneModule(L.LightningModule):
         return self.trainer.strategy.reduce(tensor.clone(), reduce_op="sum")
 
 
-def _shortened(value: Any) -> str:
-    text = str(value)
+def _named(key: str, value: Any) -> str:
+    """Return a part of a checkpoint's record for a message; layouts of the table by their names."""
+    names = layout_names(value) if key == "layout" else []
+    text = " or ".join(names) or str(value)
     return text if len(text) <= 300 else text[:300] + " ..."

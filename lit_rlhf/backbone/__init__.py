@@ -22,6 +22,7 @@ from lit_rlhf.backbone.stages import (
     StageCheckpoint,
     check_artefacts,
     fingerprint_parents,
+    layout_names,
     make_record,
     read_spec,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "find_layout",
     "fingerprint_parents",
     "is_sharded",
+    "layout_names",
     "load_language_model",
     "load_tokenizer",
     "make_record",

@@ -17,7 +17,7 @@ from lit_rlhf.backbone.adapters import LoraArgs
 from lit_rlhf.backbone.loading import DType, load_language_model
 from lit_rlhf.backbone.lora_sets import LoraSet, RoleModel
 from lit_rlhf.backbone.quantization import Quantization, check_quantization, quantize
-from lit_rlhf.backbone.roles import ArtefactName, HeadName, Layout, Role, Trunk
+from lit_rlhf.backbone.roles import LAYOUTS, ArtefactName, HeadName, Layout, Role, Trunk
 from lit_rlhf.checkpoint_files import load_file
 
 RECORD_KEY = "lit_rlhf"
@@ -84,14 +84,25 @@ def make_record(algorithm: str, spec: BackboneSpec, layout: Layout, trainable_na
         "format": FORMAT,
         "algorithm": algorithm,
         "spec": plain,
-        "layout": {
-            "roles": {name: [r.trunk, r.adapter, r.head] for name, r in layout.roles.items()},
-            "trunks": {name: [t.artefact, t.trained] for name, t in layout.trunks.items()},
-            "trained_heads": sorted(layout.trained_heads),
-            "loaded_adapters": sorted(layout.loaded_adapters),
-        },
+        "layout": _record_layout(layout),
         "trainable_names": list(trainable_names),
     }
+
+
+def _record_layout(layout: Layout) -> dict[str, Any]:
+    return {
+        "roles": {name: [r.trunk, r.adapter, r.head] for name, r in layout.roles.items()},
+        "trunks": {name: [t.artefact, t.trained] for name, t in layout.trunks.items()},
+        "trained_heads": sorted(layout.trained_heads),
+        "loaded_adapters": sorted(layout.loaded_adapters),
+    }
+
+
+def layout_names(record: Mapping[str, Any]) -> list[str]:
+    """Return the layouts of the table that a record's layout is, as far as its roles go; none for one's own."""
+    roles = list(record["roles"])
+    known = {name: layout for name, layout in LAYOUTS.items() if set(roles) <= set(layout.roles)}
+    return [name for name, layout in known.items() if _record_layout(layout.restricted_to(roles)) == record]
 
 
 def read_spec(plain: Mapping[str, Any]) -> BackboneSpec:
@@ -227,9 +238,7 @@ def starting_model(spec: BackboneSpec, artefact: ArtefactName) -> RoleModel:
     if stage is None:
         return RoleModel(load_language_model(spec.model, spec.dtype, spec.quantization), [])
     if stage.spec.model != spec.model:
-        raise ValueError(
-            f"checkpoint {stage.path} was trained from model {stage.spec.model!r}, but model is {spec.model!r}"
-        )
+        raise ValueError(_other_model(stage, spec))
     role = "reward" if artefact == "reward" and "reward" in stage.layout.roles else "actor"
     return stage.role_model(role, spec.dtype, spec.quantization)
 
@@ -252,6 +261,9 @@ def check_artefacts(spec: BackboneSpec, layout: Layout) -> None:
         spec.lora.check_sets(layout.trained_adapters)
     check_quantization(spec.quantization, layout, spec.lora)
     stages = {path: StageCheckpoint.read(path) for path in {spec.policy_checkpoint, spec.reward_checkpoint} if path}
+    for stage in stages.values():
+        if stage.spec.model != spec.model:
+            raise ValueError(_other_model(stage, spec))
     if spec.policy_checkpoint and "actor" not in stages[spec.policy_checkpoint].layout.roles:
         raise ValueError(f"policy_checkpoint {spec.policy_checkpoint} holds no policy (no actor role)")
     if "reward" in layout.roles and "reward" not in layout.trained_heads:
@@ -265,10 +277,20 @@ def check_artefacts(spec: BackboneSpec, layout: Layout) -> None:
     if layout.loaded_adapters:
         path = spec.reward_checkpoint
         if path is None or stages[path].lora_set("reward") is None:
-            raise ValueError("this layout reads the reward model as a LoRA set: give reward_checkpoint one with lora")
+            raise ValueError(
+                "this layout (of the table: pe) reads the reward model as a LoRA set: give reward_checkpoint a "
+                "RewardModel that was trained with lora on the same policy_checkpoint, as in experiments/pe_rlhf"
+            )
         theirs, ours = stages[path].spec.policy_checkpoint, spec.policy_checkpoint
         if theirs != (str(Path(ours).resolve()) if ours else None):
             raise ValueError(f"reward_checkpoint was trained on policy checkpoint {theirs}, not on {ours}")
+
+
+def _other_model(stage: StageCheckpoint, spec: BackboneSpec) -> str:
+    return (
+        f"checkpoint {stage.path} was trained from model {stage.spec.model!r}, but model is {spec.model!r}. Set "
+        f"model.model to the checkpoint's (--model.model {stage.spec.model}), or choose another checkpoint"
+    )
 
 
 def _check_reward_trunk(spec: BackboneSpec, layout: Layout, stage: StageCheckpoint) -> None:

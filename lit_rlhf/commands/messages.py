@@ -49,6 +49,8 @@ def _reworded(line: str) -> str:
         near = difflib.get_close_matches(name, [*lit_rlhf.__all__, *callbacks.__all__, *loggers.__all__], 1)
         hint = f"did you mean {near[0]}?" if near else f"give its import path, such as my_module.{name}"
         return f"{line[: found.start()]}no class is called {name!r}; {hint}"
+    if re.search(r"Option '.+' is not accepted", line):
+        return f"{line.rstrip('.')}; `lit-rlhf fit --model.help CLASS` (or --data.help) lists what is"
     return line
 
 

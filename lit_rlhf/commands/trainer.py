@@ -95,8 +95,12 @@ class CLI(LightningCLI):
         if path := self._get(self.config, "ckpt_path"):
             self.model.check_checkpoint(str(path))
 
-    # LightningCLI calls these before the subcommand of that name; the restore comes after the weights have loaded.
-    before_fit = before_validate = before_test = before_predict = _check_checkpoint
+    def before_fit(self) -> None:
+        """Check the checkpoint to resume; LightningCLI calls this, and would restore after the weights have loaded."""
+        if path := self._get(self.config, "ckpt_path"):
+            self.model.check_checkpoint(str(path), self.trainer.max_epochs)
+
+    before_validate = before_test = before_predict = _check_checkpoint
 
     def _check_strategy(self) -> None:
         """Refuse a strategy before Lightning asks for its package or its accelerator."""

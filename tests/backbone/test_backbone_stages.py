@@ -458,9 +458,9 @@ def test_policy_checkpoint_without_a_policy(base_model, reward_model):
 
 def test_pe_needs_a_lora_reward_model_of_the_same_policy(run_stage, base_model, sft, reward_model, hydra_sft):
     path, _ = run_stage("full_rm", BackboneSpec(base_model), supervised_layout(REWARD, lora=False))
-    with pytest.raises(ValueError, match="reward_checkpoint one with lora"):
+    with pytest.raises(ValueError, match="give reward_checkpoint a RewardModel that was trained with lora"):
         build_backbone(BackboneSpec(base_model, lora=lora(), reward_checkpoint=path), LAYOUTS["pe"])
-    with pytest.raises(ValueError, match="reward_checkpoint one with lora"):
+    with pytest.raises(ValueError, match="give reward_checkpoint a RewardModel that was trained with lora"):
         build_backbone(BackboneSpec(base_model, lora=lora(), policy_checkpoint=hydra_sft[0]), LAYOUTS["pe"])
     for policy in (None, hydra_sft[0]):
         spec = BackboneSpec(base_model, lora=lora(), policy_checkpoint=policy, reward_checkpoint=reward_model[0])

@@ -246,7 +246,7 @@ VALUES = [
     value(
         "policy of another model",
         "--model.policy_checkpoint={hydra} --model.model=random:m",
-        "was trained from model 'random:tiny', but model is 'random:m'",
+        "was trained from model 'random:tiny', but model is 'random:m'. Set model.model to the checkpoint's",
         files={"m": model_folder()},
     ),
     value(
@@ -385,7 +385,13 @@ CHECKPOINTS = [
     ),
     checkpoint("pickle", "pickle.ckpt", "pickle.ckpt", files={"pickle.ckpt": pickle.dumps({"state_dict": {}})}),
     checkpoint("of another algorithm", "{hydra}", "the checkpoint's algorithm differs"),
-    checkpoint("of another layout", "{ppo}", "the checkpoint's layout differs", "--model.layout=j_hydra"),
+    checkpoint(
+        "of another layout",
+        "{ppo}",
+        "differs from the configuration's: hydra there, j_hydra here",
+        "--model.layout=j_hydra",
+    ),
+    checkpoint("of a longer run", "{ppo}", "finished epochs, but trainer.max_epochs is 0", "--trainer.max_epochs=0"),
     checkpoint("of another rank", "{ppo}", "lora was", "--model.lora.r=8"),
     checkpoint("of another model", "{ppo}", "model was", "--model.model=random:m", files={"m": model_folder()}),
     checkpoint("of other targets", "{ppo}", "lora was", "--model.lora.target_modules=[q_proj]"),

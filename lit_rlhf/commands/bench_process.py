@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ def measure_alternating(
     """
     results = []
     with tempfile.TemporaryDirectory(prefix="lit_rlhf_bench_") as folder:
+        if workload.random_weights is not None:
+            workload = replace(workload, model=write_shape(workload.random_weights, Path(folder) / "shape"))
         common = {"workload": asdict(workload), "folder": folder}
         run_child({"write_stages": sorted({layout for layout, _ in configurations}), **common})
         for turn in range(rounds):
@@ -47,6 +49,23 @@ def measure_alternating(
                 result = run_child({"layout": layout, "algorithm": algorithm, **common})
                 results.append({**result, "round": turn, **environment()})
     return results
+
+
+def write_shape(name: str, folder: Path) -> str:
+    """Write a shape's config and the tiny tokenizer; return the model name that builds it with random weights.
+
+    Raises:
+        ValueError: There is no such shape.
+    """
+    from lit_rlhf.backbone import load_tokenizer
+    from lit_rlhf.planner import SHAPES, load_config
+
+    if name not in SHAPES:
+        raise ValueError(f"random_weights: no shape {name!r}; there are {', '.join(SHAPES)}. For a config of your own "
+                         "give --model random:FOLDER")  # fmt: skip
+    load_config(name).save_pretrained(folder)
+    load_tokenizer("random:tiny").save_pretrained(folder)
+    return f"random:{folder}"
 
 
 def run_child(task: dict[str, Any]) -> dict[str, Any]:

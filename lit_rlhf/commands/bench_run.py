@@ -103,6 +103,8 @@ def find_algorithm(name: str) -> type[OnPolicyModule]:
         ValueError: There is none.
     """
     path, _, attribute = name.rpartition(".")
+    by_name = {n.lower(): n for n in algorithms.__all__}
+    attribute = attribute if path else by_name.get(attribute.lower(), attribute)
     found = getattr(import_module(path) if path else algorithms, attribute, None)
     if not (isinstance(found, type) and issubclass(found, OnPolicyModule)):
         known = [n for n in algorithms.__all__ if issubclass(getattr(algorithms, n), OnPolicyModule)]

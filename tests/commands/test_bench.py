@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import LAYOUTS, TINY
 
-from lit_rlhf.backbone import load_tokenizer
+from lit_rlhf.backbone import load_tokenizer, read_config
 from lit_rlhf.commands import bench, bench_process, bench_report, bench_run
 from lit_rlhf.commands.bench import Workload
 from lit_rlhf.commands.bench_probe import WorkCounter, best_seconds, roofline
@@ -106,6 +106,7 @@ def test_no_stage_puts_whole_weights_on_the_disk(stages: Path) -> None:
 def test_algorithms_by_name_by_path_and_not_at_all() -> None:
     assert bench_run.find_algorithm("ReMax").__name__ == "ReMax"
     assert bench_run.find_algorithm("lit_rlhf.algorithms.rloo.RLOO").__name__ == "RLOO"
+    assert bench_run.find_algorithm("ppo") is bench_run.find_algorithm("PPO")
     for name in ("SFT", "Nobody"):
         with pytest.raises(ValueError, match=r"no on-policy algorithm; there are GRPO, PPO"):
             bench_run.find_algorithm(name)
@@ -210,3 +211,12 @@ def test_from_the_command_line_and_an_error_in_the_child(capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         bench.main([*small, "--layout", "hydra", "--algorithm", "GRPO", "--samples_per_prompt", "1"])
     assert capsys.readouterr().err.startswith("lit-rlhf bench: invalid configuration:\n  - samples_per_prompt must be")
+
+
+def test_a_shape_is_written_with_a_tokenizer(tmp_path: Path) -> None:
+    name = bench_process.write_shape("opt-125m", tmp_path)
+    assert name == f"random:{tmp_path}"
+    assert read_config(name).hidden_size == 768
+    assert len(load_tokenizer(name)) == len(load_tokenizer(TINY))
+    with pytest.raises(ValueError, match=r"no shape 'gpt5'; there are llama-7b, .* --model random:FOLDER"):
+        bench_process.write_shape("gpt5", tmp_path)

@@ -83,11 +83,13 @@ def layout_table(content: dict[str, Any]) -> list[str]:
 def budget_table(content: dict[str, Any]) -> list[str]:
     """Seconds a sample at the largest batch of a budget."""
     first = next(iter(content["summary"])).replace(":", " on ")
-    lines = [f"| | largest batch in {content['budget']} | s / sample | ratio to {first} |", "|---|---|---|---|"]
+    lines = [
+        f"| | largest batch in {content['budget']} | s / sample | ratio to {first} | peak RSS, GiB |",
+        "|---|---|---|---|---|",
+    ]
     for name, row in content["summary"].items():
-        lines.append(
-            f"| {name.replace(':', ' on ')} | {row['batch']} | {show(row['seconds'])} | {show(row['ratio'], 2)} |"
-        )
+        cells = [str(row["batch"]), show(row["seconds"]), show(row["ratio"], 2), gib(row["peak"])]
+        lines.append(f"| {name.replace(':', ' on ')} | {' | '.join(cells)} |")
     runs = [run for rows in content["runs"].values() for run in rows]
     return [*lines, "", where(content, runs[0]["threads"], [r["load_average"] for r in runs])]
 

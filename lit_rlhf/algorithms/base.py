@@ -132,7 +132,7 @@ class BackboneModule(L.LightningModule):
         """Refuse data that the model cannot read.
 
         Args:
-            data: The data module; only those with ``ExampleDataset`` s can be looked into.
+            data: The data module; datasets with ``longest`` and ``largest_id`` are looked into.
             response_length: Most tokens that are sampled behind each sequence.
 
         Raises:
@@ -182,10 +182,9 @@ class BackboneModule(L.LightningModule):
         if not hasattr(self, "backbone"):
             skeleton = from_first_rank and mesh is not None and mesh.get_local_rank() > 0
             layout = self.make_layout()
-            check_artefacts(self.spec, layout)
-            self.spec.fingerprints = self.spec.fingerprints or fingerprint_parents(self.spec)
             with without_weights() if skeleton else nullcontext():
                 self.backbone = build_backbone(self.spec, layout, self.gradient_checkpointing, self.temperature)
+            self.spec.fingerprints = self.spec.fingerprints or fingerprint_parents(self.spec)
             if self.compile_layers:
                 compile_layers(self.backbone)
         if mesh is not None and not is_sharded(self.backbone):

@@ -65,7 +65,7 @@ class TransformersEngine(Engine):
     Args:
         cache: ``dynamic`` grows the KV cache and drops the rows that ended; ``static`` has one of fixed size, which
             ``compile`` needs. Families without such a cache are refused.
-        compile: Compile the decoding steps, on CUDA with CUDA graphs; the first rollout then takes a minute longer.
+        compile: Compile the decoding steps, on CUDA with CUDA graphs; the first rollout then compiles too.
             Wants ``cache: static``.
 
     Raises:

@@ -67,19 +67,14 @@ def generate(
     uniforms = uniforms.flatten(0, 1)
     eos = torch.tensor(eos_ids, device=device)
     prompts_at_once = max(1, (batch_size or len(uniforms)) // per_prompt)
+    decoder = decoder or DynamicDecoder()
     parts: list[Tensor] = []
     log_probs: list[Tensor] = []
     for first in range(0, len(tokens), prompts_at_once):
         prompts = slice(first, first + prompts_at_once)
         rows = slice(first * per_prompt, (first + prompts_at_once) * per_prompt)
         sampler = Sampler(sampling, uniforms[rows], is_greedy[rows], eos)
-        decoder = decoder or DynamicDecoder()
-        try:
-            part = decode(decoder, model, tokens[prompts], attention_mask[prompts], sampler, pad_id, in_step)
-        finally:
-            decoder.finish()  # an error must not leave the cache behind
-        if part is None:
-            part = _generate_elsewhere(model, tokens[prompts], attention_mask[prompts], sampler, pad_id, in_step)
+        part = _decode_part(decoder, model, tokens[prompts], attention_mask[prompts], sampler, pad_id, in_step)
         parts.append(part[0])
         log_probs.append(part[1])
     prompt_mask = attention_mask.bool().repeat_interleave(per_prompt, dim=0)
@@ -92,6 +87,23 @@ def generate(
     sampled.greedy = experience[is_greedy]
     sampled.greedy.log_probs = None
     return sampled
+
+
+def _decode_part(
+    decoder: DynamicDecoder,
+    model: PreTrainedModel,
+    tokens: Tensor,
+    attention_mask: Tensor,
+    sampler: Sampler,
+    pad_id: int,
+    in_step: bool,
+) -> tuple[Tensor, Tensor]:
+    """Decode some prompts, see :func:`decode`, by transformers where the decoder cannot read the model."""
+    try:
+        part = decode(decoder, model, tokens, attention_mask, sampler, pad_id, in_step)
+    finally:
+        decoder.finish()  # an error must not leave the cache behind
+    return part or _generate_elsewhere(model, tokens, attention_mask, sampler, pad_id, in_step)
 
 
 def _generate_elsewhere(

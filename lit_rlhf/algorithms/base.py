@@ -36,7 +36,7 @@ from lit_rlhf.backbone import (
     shard,
     without_weights,
 )
-from lit_rlhf.callbacks import NumericalGuard, OnNonFinite, SafeCheckpoints, StopOnSigterm
+from lit_rlhf.callbacks import NumericalGuard, OnNonFinite, SafeCheckpoints, StopAfterStep, StopOnSigterm
 from lit_rlhf.checkpoint_files import load_file
 from lit_rlhf.strategies import check_strategy
 
@@ -66,6 +66,7 @@ class BackboneModule(L.LightningModule):
 
     lr_interval: ClassVar[str] = "step"
     progress_metrics: ClassVar[frozenset[str]] = frozenset({"train/loss"})
+    on_sigterm: ClassVar[type[StopOnSigterm]] = StopAfterStep
     entry_methods: ClassVar[tuple[str, ...]] = ("training_step", "validation_step", "test_step", "predict_step")
 
     def __init__(
@@ -147,7 +148,7 @@ class BackboneModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Guard every run's numbers, checkpoints and end; a subclass adds its own."""
-        return [self.guard, SafeCheckpoints(), StopOnSigterm()]
+        return [self.guard, SafeCheckpoints(), self.on_sigterm()]
 
     def make_layout(self) -> Layout:
         """Return the layout of this run; the one thing a new kind of stage has to say about its model."""

@@ -12,7 +12,7 @@ from lit_rlhf.algorithms.base import BackboneModule
 from lit_rlhf.algorithms.carried import CarriedPass
 from lit_rlhf.algorithms.ranges import out_of_range
 from lit_rlhf.backbone import Layout, LoraArgs, find_layout, is_sharded
-from lit_rlhf.callbacks import PhaseTimer, SampleTable, TrainingPhase, phase
+from lit_rlhf.callbacks import PhaseTimer, SampleTable, StopInIteration, TrainingPhase, phase
 from lit_rlhf.functional import AdaptiveKL, FixedKL, KLController, KLEstimator, kl_estimate, masked_sum
 from lit_rlhf.rollout import (
     Engine,
@@ -66,6 +66,7 @@ class OnPolicyModule(BackboneModule):
     """
 
     lr_interval: ClassVar[str] = "epoch"
+    on_sigterm = StopInIteration
     # True for algorithms without a policy ratio: one update an iteration, in one pass over the rollout.
     one_update: ClassVar[bool] = False
     progress_metrics: ClassVar[frozenset[str]] = frozenset({"rollout/score", "rollout/kl", "train/value_loss"})

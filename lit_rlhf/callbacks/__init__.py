@@ -8,7 +8,7 @@ from lit_rlhf.callbacks.phases import PhaseListener, PhaseTimer, TrainingPhase, 
 from lit_rlhf.callbacks.predictions import PredictionWriter
 from lit_rlhf.callbacks.progress import IterationProgress
 from lit_rlhf.callbacks.samples import SampleTable
-from lit_rlhf.callbacks.signals import StopOnSigterm
+from lit_rlhf.callbacks.signals import StopAfterStep, StopInIteration, StopOnSigterm
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -24,6 +24,8 @@ __all__ = [
     "PredictionWriter",
     "SafeCheckpoints",
     "SampleTable",
+    "StopAfterStep",
+    "StopInIteration",
     "StopOnSigterm",
     "TrainingPhase",
     "last_checkpoint",

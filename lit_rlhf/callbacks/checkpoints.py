@@ -125,17 +125,28 @@ class SafeCheckpoints(Callback):
         """Put the checkpoint IO in place.
 
         Raises:
-            ValueError: A ModelCheckpoint would save when an exception stops an RL iteration.
+            ValueError: A ModelCheckpoint would save inside an RL iteration, or between the batches of one step.
         """
-        if stage == "fit" and hasattr(pl_module, "rollout_buffer"):
+        if stage == "fit":
             for callback in trainer.checkpoint_callbacks:
-                if isinstance(callback, ModelCheckpoint) and callback.save_on_exception:
-                    raise ValueError(
-                        "ModelCheckpoint(save_on_exception=True) would save inside an RL iteration, where a run cannot "
-                        "be resumed. Leave it out: the checkpoint of the last complete iteration is there already"
-                    )
+                if isinstance(callback, ModelCheckpoint):
+                    _check_when(callback, hasattr(pl_module, "rollout_buffer"), trainer.accumulate_grad_batches)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+
+def _check_when(callback: ModelCheckpoint, by_iteration: bool, accumulated: int) -> None:
+    if by_iteration and callback.save_on_exception:
+        raise ValueError(
+            "ModelCheckpoint(save_on_exception=True) would save inside an RL iteration, where a run cannot be resumed. "
+            "Leave it out: the checkpoint of the last complete iteration is there already"
+        )
+    if not by_iteration and accumulated > 1 and (callback.save_on_exception or callback._train_time_interval):
+        option = "save_on_exception" if callback.save_on_exception else "train_time_interval"
+        raise ValueError(
+            f"ModelCheckpoint({option}) may save between the {accumulated} batches of one optimizer step "
+            "(accumulate_grad_batches), whose gradients a checkpoint does not hold. Use every_n_train_steps"
+        )
 
 
 def last_checkpoint(trainer: Trainer) -> str | None:

@@ -1,42 +1,48 @@
-"""SIGTERM, as schedulers send it: the run stops in order and says how it goes on."""
+"""SIGTERM, as schedulers send it: the run saves what is complete, stops in order and says how it goes on."""
 
 import signal
 import sys
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from lit_rlhf.callbacks.checkpoints import last_checkpoint
 from lit_rlhf.callbacks.guards import place
 from lit_rlhf.callbacks.phases import PhaseListener
 
 EXIT_CODE = 128 + signal.SIGTERM
+FILE_NAME = "sigterm.ckpt"
 
 
-class StopOnSigterm(PhaseListener):
-    """Stops all ranks at the same phase or minibatch after any of them got SIGTERM; the exit status is 143.
+class StopOnSigterm(PhaseListener, Checkpoint):
+    """Stops all ranks at the same place after any of them got SIGTERM; the exit status is 143.
 
-    The iteration (of a supervised stage: the epoch) is abandoned: checkpoints are valid at its end only, and the last
-    one is complete. A checkpoint being written is finished first. Costs nothing on one process, and on several one
-    all-reduced number a minibatch.
+    Subclasses say at which place, and what they save there: ``sigterm.ckpt`` beside the files of the run's first
+    ModelCheckpoint, nothing in runs without one. A checkpoint or a validation that is under way is finished first.
+    Costs nothing on one process, and on several one all-reduced number a minibatch.
 
-    Lightning's own handler broadcasts from within the signal, and stops each rank where it happens to be, which can
-    leave the others waiting; with several processes it is replaced until training ends.
+    Lightning's own handler stops each rank where it happens to be, which can leave the others waiting, and between a
+    step and its bookkeeping; it is replaced until training ends. As a ``Checkpoint`` this stands behind all other
+    callbacks, whose state it saves.
     """
 
     def __init__(self) -> None:
         self._received = False
         self._before: Any = None
+        self._report: str | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """With several processes, take the signal ourselves."""
-        self._received = False
-        if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
+        """Take the signal."""
+        self._received, self._report = False, None
+        if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -51,35 +57,104 @@ class StopOnSigterm(PhaseListener):
         """Give the signal back."""
         self._restore()
 
-    def _stop_if_told(self, trainer: Trainer) -> None:
+    def is_told(self, trainer: Trainer) -> bool:
+        """Return whether any rank got the signal; all ranks ask together."""
         received = self._received or trainer.received_sigterm
         if trainer.world_size > 1:
             flag = torch.tensor(float(received), device=trainer.strategy.root_device)
             received = bool(trainer.strategy.reduce(flag, reduce_op="sum"))
-        if received:
-            raise SIGTERMException
+        return received
+
+    def stop(self, path: str | None, report: str) -> NoReturn:
+        """End the run.
+
+        Args:
+            path: The checkpoint to resume from.
+            report: Where the run stopped, what is lost and what is saved.
+        """
+        self._report = f"{report} {path}" if path else report
+        stop = SIGTERMException()
+        stop.checkpoint = path  # type: ignore[attr-defined]
+        raise stop
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the signal back, and say where the run stopped."""
+        self._restore()
+        if not isinstance(exception, SIGTERMException):
+            return
+        _say(f"stopped by SIGTERM {self._report or 'before training'}")
+        if trainer.is_global_zero:
+            # Lightning's launcher would kill this process, were the others to end with a status of their own.
+            exception.code = EXIT_CODE
+
+
+class StopAfterStep(StopOnSigterm):
+    """Stops a supervised stage after the optimizer step that is under way, and saves it."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save and stop, but not inside an accumulated step, nor where the epoch's end saves anyway."""
+        loop = trainer.fit_loop.epoch_loop
+        if not self.is_told(trainer) or loop._should_accumulate() or loop._is_training_done:
+            return
+        where = f"after step {trainer.global_step} in {place(trainer, pl_module)}"
+        path = _path(trainer)
+        if path is None:
+            self.stop(last_checkpoint(trainer), f"{where}, which is not saved: the run has no ModelCheckpoint")
+        trainer.save_checkpoint(path)
+        self.stop(path, f"{where}, which is saved in")
+
+
+class StopInIteration(StopOnSigterm):
+    """Stops an on-policy run before the next phase or minibatch, and abandons the iteration that is under way.
+
+    Runs are resumed at iterations' ends only. Of an iteration that no ModelCheckpoint saves (``every_n_epochs`` above
+    1), the state at its end is kept in host memory until the next one ends: a copy of what is trained and of the
+    optimizer's state.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: dict[str, Any] | None = None
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the iteration's end, unless it was just saved."""
+        callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        saved = any(callback._last_global_step_saved == trainer.global_step for callback in callbacks)
+        self._kept = None if saved or not callbacks else _on_host(trainer._checkpoint_connector.dump_checkpoint(False))
 
     def on_phase_start(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
         """Stop before generation, scoring and training; ranks may not validate in step."""
         if trainer.training and phase != "evaluation":
-            self._stop_if_told(trainer)
+            self._stop_if_told(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Stop before a minibatch."""
-        self._stop_if_told(trainer)
+        self._stop_if_told(trainer, pl_module)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say where the run stopped and what is saved."""
-        self._restore()
-        if not isinstance(exception, SIGTERMException):
+    def _stop_if_told(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.is_told(trainer):
             return
+        where = f"in {place(trainer, pl_module)}, which is abandoned"
+        if self._kept is not None and (path := _path(trainer)):
+            kept, self._kept = self._kept, None
+            trainer.strategy.save_checkpoint(kept, path)
+            trainer.strategy.barrier()
+            self.stop(path, f"{where}; the end of the one before is saved in")
         path = last_checkpoint(trainer)
-        exception.checkpoint = path  # type: ignore[attr-defined]
-        kept = f"the last complete one is in {path}" if path else "no checkpoint was saved yet"
-        _say(f"stopped by SIGTERM in {place(trainer, pl_module)}, which is abandoned; {kept}")
-        if trainer.is_global_zero:
-            # Lightning's launcher would kill this process, were the others to end with a status of their own.
-            exception.code = EXIT_CODE
+        self.stop(path, f"{where}; " + ("the last complete one is in" if path else "no checkpoint was saved yet"))
+
+
+def _path(trainer: Trainer) -> str | None:
+    """Return where to save: beside the files of the first ModelCheckpoint."""
+    folders = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+    return f"{folders[0]}/{FILE_NAME}" if folders else None
+
+
+def _on_host(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy that training does not change, in host memory."""
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), checkpoint)
 
 
 @rank_zero_only

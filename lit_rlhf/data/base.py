@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, Dataset
 
 from lit_rlhf.data.errors import BadRows, DataError, OnBadRow
+from lit_rlhf.data.loader import ResumableLoader
 from lit_rlhf.data.public import PublicFormat, RowConverter, converted_rows, find_converter
 from lit_rlhf.data.rankings import Notes, Ranking
 from lit_rlhf.data.readers import HUB_PREFIX, Row, load_hub
@@ -267,7 +268,8 @@ class TextData(LightningDataModule, ABC, Generic[RecordT, ExampleT]):
     def _loader(
         self, dataset: ExampleDataset[ExampleT], batch_size: int, sampler: LengthGroupedSampler | None = None
     ) -> DataLoader[ExampleT]:
-        return DataLoader(
+        kind = DataLoader if sampler is None else ResumableLoader
+        return kind(
             dataset,
             batch_size=batch_size,
             sampler=sampler,

@@ -21,7 +21,7 @@ class LengthGroupedSampler(DistributedSampler[int]):
     Each rank takes every num_replicas-th example of a global batch: ranks have disjoint examples, equally
     many, and batches of similar length at each step. On one rank every example comes exactly once; on
     several, the len(lengths) % num_replicas examples at the end of the shuffle sit the epoch out,
-    others each epoch.
+    others each epoch. The attribute `skip` leaves out the first so many examples of the rank.
 
     Args:
         lengths: Length of each example.
@@ -53,6 +53,7 @@ class LengthGroupedSampler(DistributedSampler[int]):
         self.lengths = torch.tensor(lengths)
         self.global_batch = batch_size * num_replicas
         self.group = group
+        self.skip = 0
 
     def __iter__(self) -> Iterator[int]:
         # The seed is spread first, so that epoch 1 of seed 0 is not epoch 0 of seed 1.
@@ -64,7 +65,8 @@ class LengthGroupedSampler(DistributedSampler[int]):
         batches, last = self._group(order[:whole]), order[whole:]
         if self.group:
             batches = batches[torch.randperm(len(batches), generator=generator)]
-        return iter(torch.cat([batches.flatten(), last])[self.rank :: self.num_replicas].tolist())
+        ours = torch.cat([batches.flatten(), last])[self.rank :: self.num_replicas]
+        return iter(ours[self.skip :].tolist())
 
     def _group(self, order: torch.Tensor) -> torch.Tensor:
         """Cut into global batches, shape (batches, global_batch), after sorting each megabatch if asked."""

@@ -16,9 +16,11 @@ import pytest
 import torch
 import yaml
 from helpers import make_ppo, make_trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_rlhf import PromptData
+from lit_rlhf import AdaptiveKL, PromptData
+from lit_rlhf.callbacks import StopInIteration
 from lit_rlhf.cli import main
 
 REWARD_MODULE = """
@@ -151,6 +153,84 @@ def test_a_signal_between_minibatches_ends_the_run_with_status_143(
         assert torch.equal(value, resumed.lightning_module.state_dict()[name])
 
 
+class SignalInIteration(L.Callback):
+    """Sends this process SIGTERM in the second minibatch of an iteration, counted from 0."""
+
+    def __init__(self, iteration: int) -> None:
+        self.iteration = iteration
+        self.ends = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (trainer.current_epoch, batch_idx) == (self.iteration, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.ends += 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"ends": self.ends}
+
+
+@pytest.mark.parametrize(("iteration", "saved"), [(0, None), (1, "sigterm"), (2, "last"), (3, "sigterm")])
+@pytest.mark.parametrize("layout", ["hydra", "full"])
+def test_the_end_of_an_iteration_that_no_checkpoint_saved_is_saved_at_sigterm(
+    layout: str,
+    iteration: int,
+    saved: str | None,
+    prompts: PromptData,
+    hydra_checkpoint: Path,
+    full_reward_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parents: dict[str, Any] = {"layout": layout}
+    if layout == "full":
+        parents |= {"policy_checkpoint": str(hydra_checkpoint), "reward_checkpoint": str(full_reward_checkpoint)}
+
+    def start(name: str, **kwargs: Any) -> L.Trainer:
+        checkpoints = ModelCheckpoint(tmp_path / name, filename="last", enable_version_counter=False, every_n_epochs=2)
+        trainer = make_trainer(tmp_path / name, 4, callbacks=[*kwargs.pop("callbacks", []), checkpoints])
+        L.seed_everything(2, verbose=False)
+        trainer.fit(make_ppo(kl=AdaptiveKL(0.1), **parents), prompts, **kwargs)
+        return trainer
+
+    with pytest.raises(SIGTERMException) as stop:
+        start("stopped", callbacks=[SignalInIteration(iteration)])
+    where = f"stopped by SIGTERM in iteration {iteration + 1} of 4, which is abandoned; "
+    error = capsys.readouterr().err
+    if saved is None:
+        assert where + "no checkpoint was saved yet" in error
+        assert not list((tmp_path / "stopped").glob("*.ckpt"))
+        return
+    path = tmp_path / "stopped" / f"{saved}.ckpt"
+    said = "the end of the one before is saved in" if saved == "sigterm" else "the last complete one is in"
+    assert f"{where}{said} {path}" in error
+    assert stop.value.checkpoint == str(path)
+    content = torch.load(path, weights_only=True)
+    assert content["epoch"] == iteration - 1
+    assert content["callbacks"]["SignalInIteration"]["ends"] == iteration
+    resumed, whole = start("resumed", ckpt_path=path), start("whole")
+    for name, value in whole.lightning_module.state_dict().items():
+        assert torch.equal(value, resumed.lightning_module.state_dict()[name])
+    before, after, expected = (rows_of(tmp_path / name) for name in ("stopped", "resumed", "whole"))
+    assert before | after == expected
+
+
+def rows_of(folder: Path) -> dict[int, dict[str, str]]:
+    """Return what each complete iteration logged, but for times."""
+    with (folder / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    return {int(r["epoch"]): {k: v for k, v in r.items() if not k.startswith("time/")} for r in rows}
+
+
+def test_runs_that_keep_no_checkpoints_keep_no_copy_of_their_state(prompts: PromptData, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, 2, callbacks=[SignalInIteration(1)], enable_checkpointing=False)
+    with pytest.raises(SIGTERMException):
+        trainer.fit(make_ppo(), prompts)
+    assert not list(tmp_path.rglob("*.ckpt"))
+    assert next(c for c in trainer.callbacks if isinstance(c, StopInIteration))._kept is None
+
+
 def test_a_signal_during_generation_is_heeded_before_scoring(prompts: PromptData, tmp_path: Path) -> None:
     module = make_ppo()
     generate, scored = module.generate, []
@@ -217,6 +297,60 @@ def test_two_ranks_stop_at_the_same_minibatch_whoever_got_the_signal(
     assert second == {"epoch": 1, "step": 6, "code": None}
     assert done.stderr.count("stopped by SIGTERM in iteration 2 of 3") == 1
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 0
+
+
+SAVED_ON_TWO_RANKS = """
+import sys
+tests, folder, data, kind, strategy, mode, resume = sys.argv[1:8]
+sys.path[:0] = [tests, tests + "/callbacks"]
+import json, os
+from pathlib import Path
+import lightning as L
+from helpers import TINY, adamw, make_ppo, make_trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from test_signals import SignalInIteration
+from lit_rlhf import HydraSFT, LoraArgs, PreferenceData, PromptData
+L.seed_everything(1, verbose=False)
+checkpoints = ModelCheckpoint(folder, filename="last", enable_version_counter=False, every_n_epochs=4)
+rare = {"callbacks": [checkpoints], "devices": 2, "strategy": strategy}
+trainer = make_trainer(Path(folder), 3, **rare)
+if mode == "stopped" and os.environ.get("LOCAL_RANK") == "1":
+    trainer.callbacks.insert(0, SignalInIteration(1))
+if kind == "PPO":
+    module, rows = make_ppo(rollout_size=4, minibatch_size=2), PromptData(train=data + "/prompts.jsonl")
+else:
+    module = HydraSFT(model=TINY, optimizer=adamw(1e-2), lora=LoraArgs(r=4))
+    rows = PreferenceData(train=data + "/pairs.jsonl", batch_size=2)
+trainer.fit(module, rows, ckpt_path=resume or None)
+trainer.save_checkpoint(folder + "/end.ckpt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["PPO", "HydraSFT"])
+def test_two_ranks_save_at_sigterm_what_no_checkpoint_holds(
+    kind: str, strategy: str, data_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run.py").write_text(SAVED_ON_TWO_RANKS)
+    tests = str(Path(__file__).parents[1])
+
+    def start(mode: str, resume: str = "") -> subprocess.CompletedProcess[str]:
+        arguments = [tests, str(tmp_path / mode), str(data_folder), kind, strategy, mode, resume]
+        return run_to_the_end([sys.executable, str(tmp_path / "run.py"), *arguments])
+
+    stopped, path = start("stopped"), tmp_path / "stopped" / "sigterm.ckpt"
+    assert stopped.returncode == 143, stopped.stderr
+    where = {
+        "PPO": "in iteration 2 of 3, which is abandoned; the end of the one before is saved in",
+        "HydraSFT": "after step 5 in epoch 2 of 3, which is saved in",
+    }
+    assert stopped.stderr.count(f"stopped by SIGTERM {where[kind]} {path}") == 1
+    assert start("whole").returncode == start("resumed", str(path)).returncode == 0
+    whole, resumed = (torch.load(tmp_path / name / "end.ckpt", weights_only=True) for name in ("whole", "resumed"))
+    assert whole["global_step"] == resumed["global_step"]
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][name]), name
 
 
 def test_errors_of_a_run_are_one_message_on_the_command_line(

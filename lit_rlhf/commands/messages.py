@@ -15,9 +15,15 @@ import lit_rlhf
 
 # jsonargparse tells of every branch of a Union; these lines hold no cause.
 NO_CAUSE = ("Does not validate against", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
-# Where the name of a class is wrong, neither do these.
+# Where a class or a number is wrong, neither do these.
 OTHER_BRANCH = ("Expected a <class", "Expected a path but", "Expected a List")
-WRONG_CLASS = ("no class is called", "No module named", "has no attribute", "does not correspond to a subclass")
+WRONG_VALUE = (
+    "no class is called",
+    "No module named",
+    "has no attribute",
+    "does not correspond to a subclass",
+    "expected a number",
+)
 
 
 def parser_message(message: str) -> str:
@@ -26,13 +32,19 @@ def parser_message(message: str) -> str:
     Args:
         message: Its message, which tells of every type that the setting could have had.
     """
-    lines = [_reworded(line) for line in message.splitlines() if line.strip()]
+    lines = [_reworded(line) for line in _plain_values(message).splitlines() if line.strip()]
     kept = [line for line in lines if not _begins(line, NO_CAUSE)] or lines
-    if any(word in line for line in kept for word in WRONG_CLASS):
+    if any(word in line for line in kept for word in WRONG_VALUE):
         kept = [line for line in kept if not _begins(line, OTHER_BRANCH)]
     indents = [len(line) - len(line.lstrip()) for line in kept]
     nested = all(outer < inner for outer, inner in itertools.pairwise(indents))
     return " ".join(line.strip().removeprefix("- ") for line in kept) if nested else "\n".join(kept)
+
+
+def _plain_values(message: str) -> str:
+    """Say of a number or a class that is neither (torch's ``lr``: float or Tensor) that it is not the number."""
+    both = r"Expected a <class '(?:int|float)'>\n( *)- Expected a dot import path string: (.+)"
+    return re.sub(both, r"expected a number, not '\2'", message)
 
 
 def _begins(line: str, words: tuple[str, ...]) -> bool:

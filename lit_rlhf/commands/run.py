@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import logging
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,12 @@ def silence_warnings() -> None:
         r".*recommended to use `self.log\('(rollout|train|time|val)/.*sync_dist=True.*",  # these are means already
     ):
         warnings.filterwarnings("ignore", message=message)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer"):
+        logging.getLogger(name).addFilter(_is_no_advertisement)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip: For seamless" not in record.getMessage()
 
 
 def spell_out_flags(function: Callable[..., Any], argv: list[str]) -> list[str]:

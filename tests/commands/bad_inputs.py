@@ -155,6 +155,7 @@ TYPOS = [
         "a class of another kind", "--model.kl=lit_rlhf.RoleReward", "does not correspond to a subclass of KLController"
     ),
     typo("unknown optimizer setting", "--model.optimizer.learning_rate=1", "learning_rate"),
+    typo("learning rate in words", "--model.optimizer.lr=fast", "optimizer: lr: expected a number, not 'fast'"),
     typo("missing reward module", "--model.reward.function=no_module.rate", "no_module"),
     typo("missing reward function", "--model.reward.function=my_rewards.ratte", "ratte"),
     typo("reward that is no function", "--model.reward.function=my_rewards.NUMBER", "NUMBER"),

@@ -1,16 +1,21 @@
 """What the tests of several rooms build: the tiny model's settings, data files, trainers, a PPO module."""
 
+import importlib
+import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lit_rlhf import PPO, FunctionReward, LoraArgs, Sampling
+from lit_rlhf.backbone import quantization
 
 TINY = "random:tiny"
 LAYOUTS = ["full", "lora", "dynamic_lora", "pe", "j_hydra", "hydra"]
@@ -54,6 +59,7 @@ def make_trainer(folder: Path, epochs: int = 2, **kwargs: Any) -> L.Trainer:
 def make_ppo(kind: type[PPO] = PPO, **kwargs: Any) -> PPO:
     """A PPO module on the tiny model; with a Python reward unless checkpoints are given."""
     defaults: dict[str, Any] = {
+        "model": TINY,
         "layout": "hydra",
         "lora": LoraArgs(r=4),
         "sampling": Sampling(max_new_tokens=8),
@@ -64,10 +70,28 @@ def make_ppo(kind: type[PPO] = PPO, **kwargs: Any) -> PPO:
     }
     if "policy_checkpoint" not in kwargs and kwargs.get("layout") != "full":
         defaults["reward"] = FunctionReward(count_e)
-    return kind(model=TINY, optimizer=kwargs.pop("optimizer", adamw()), **{**defaults, **kwargs})
+    return kind(optimizer=kwargs.pop("optimizer", adamw()), **{**defaults, **kwargs})
 
 
 def silence(module: Any) -> None:
     """Let a module compute losses without a trainer."""
     module._trainer = None
     module.log = lambda *args, **kwargs: None
+
+
+@contextmanager
+def quantization_device() -> Iterator[torch.device]:
+    """Let quantised trunks run inside the block: on CUDA as they are, elsewhere by bitsandbytes' plain CPU kernels.
+
+    On CPUs with bfloat16 units bitsandbytes repacks 4-bit weights at the first pass of a module in eval mode, which
+    ours is for good, and has no gradient for that form. On CUDA there is no such form.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed")
+    if torch.cuda.is_available():
+        yield torch.device("cuda")
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantization, "_device_is_there", lambda: True)
+        patch.setattr(importlib.import_module("bitsandbytes.nn.modules"), "has_avx512bf16", lambda: False)
+        yield torch.device("cpu")

@@ -86,5 +86,7 @@ def quantize(model: PreTrainedModel, quantization: Quantization) -> PreTrainedMo
     """Return a quantised copy of a plain model, by way of a temporary folder of the model's size."""
     with tempfile.TemporaryDirectory(prefix="lit_rlhf_") as folder:
         saved: Any = model
+        # Every rank has a folder of its own, and transformers 5.23 would write the first rank's alone.
+        saved.should_save_on_this_rank = lambda is_main_process: True
         saved.save_pretrained(folder)
         return load_quantized(folder, model.dtype, quantization)

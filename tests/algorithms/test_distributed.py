@@ -11,18 +11,19 @@ from test_guards import run_to_the_end
 
 RUN = """
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor, distribute_tensor
-from helpers import TINY, make_ppo, make_trainer
+from helpers import TINY, make_ppo, make_trainer, quantization_device
 import lit_rlhf
 from lit_rlhf import Experience, FixedKL, LoraArgs, PromptData
 from lit_rlhf.strategies import FSDP2Strategy
 
-folder, data, algorithm, layout, policy, reward, strategy, accumulate = sys.argv[2:]
+folder, data, algorithm, layout, policy, reward, quantization, strategy, accumulate = sys.argv[2:]
 world, rows, accumulate = (1 if strategy == "auto" else 2), 8, int(accumulate)
 
 
@@ -47,7 +48,7 @@ class FixedResponses(getattr(lit_rlhf, algorithm)):
 settings = dict(
     layout=layout, policy_checkpoint=policy, reward_checkpoint=reward or None, kl=FixedKL(0.3), lora=LoraArgs(r=4),
     rollout_size=rows // world, minibatch_size=rows // world // accumulate, inner_epochs=1,
-    optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+    optimizer=lambda p: torch.optim.SGD(p, lr=1.0), quantization=quantization or None,
 )
 module = make_ppo(FixedResponses, **settings)
 plans = {"zero2": FSDP2Strategy(reshard_after_forward=False),
@@ -73,7 +74,8 @@ class Weights(L.Callback):
         if trainer.global_rank == 0:
             torch.save(change, Path(folder, f"{strategy}.pt"))
 trainer.callbacks.append(Weights())
-trainer.fit(module, PromptData(train=data, validation_size=0))
+with quantization_device() if quantization else nullcontext():
+    trainer.fit(module, PromptData(train=data, validation_size=0))
 """
 
 
@@ -93,7 +95,7 @@ def test_two_processes_step_as_one(
     full_reward_checkpoint: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
     reward = str(full_reward_checkpoint) if layout == "full" else ""
-    compare(tmp_path, data_folder, [algorithm, layout, str(hydra_checkpoint), reward], strategy, accumulate)
+    compare(tmp_path, data_folder, [algorithm, layout, str(hydra_checkpoint), reward, ""], strategy, accumulate)
 
 
 @pytest.mark.slow
@@ -101,7 +103,18 @@ def test_two_processes_step_as_one(
 def test_other_ways_to_shard_step_as_one(
     strategy: str, data_folder: Path, hydra_checkpoint: Path, tmp_path: Path
 ) -> None:
-    compare(tmp_path, data_folder, ["PPO", "hydra", str(hydra_checkpoint), ""], strategy, 1)
+    compare(tmp_path, data_folder, ["PPO", "hydra", str(hydra_checkpoint), "", ""], strategy, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_step_as_one_on_a_quantised_trunk(
+    strategy: str, data_folder: Path, hydra_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank quantises for itself, here a model that is no folder."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # both ranks run on the CPU
+    compare(tmp_path, data_folder, ["PPO", "hydra", str(hydra_checkpoint), "", "nf4"], strategy, 1)
 
 
 def compare(folder: Path, data_folder: Path, case: list[str], strategy: str, accumulate: int) -> None:

@@ -106,7 +106,7 @@ def randomize():
         with torch.no_grad():
             for name in backbone.trainable_names:
                 noise = torch.randn(parameters[name].shape, generator=generator)
-                parameters[name].add_(scale * noise.to(parameters[name].dtype))
+                parameters[name].add_(scale * noise.to(parameters[name]))
         return backbone
 
     return randomize

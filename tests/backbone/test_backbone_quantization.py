@@ -1,11 +1,11 @@
-"""Quantised frozen trunks. Errors run everywhere; the rest needs bitsandbytes and runs on its CPU kernels here."""
+"""Quantised frozen trunks. Errors run everywhere; the rest needs bitsandbytes, and runs on CUDA where there is one."""
 
-import importlib
 import importlib.util
 import logging
 
 import pytest
 import torch
+from helpers import quantization_device
 from peft import PeftModel
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
@@ -32,21 +32,17 @@ WIDE = {
     "gpt2": {"hidden_size": 64},
     "opt": {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128},
 }
-needs_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
-)
 
 
 @pytest.fixture
-def on_cpu(monkeypatch):
-    """Let quantised trunks run on the CPU, by bitsandbytes' plain kernels.
+def device():
+    with quantization_device() as device:
+        yield device
 
-    On CPUs with bfloat16 units it repacks 4-bit weights at the first pass of a module in eval mode, which ours is for
-    good, and has no gradient for that form. On CUDA there is no such form.
-    """
-    monkeypatch.setattr(room, "_device_is_there", lambda: True)
-    modules = importlib.import_module("bitsandbytes.nn.modules")
-    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)
+
+@pytest.fixture
+def batch(batch, device):
+    return type(batch)(*(part.to(device) for part in batch))
 
 
 @pytest.fixture
@@ -62,12 +58,13 @@ def lora(r=4, **changes):
 
 @torch.no_grad()
 def read(backbone, roles, batch):
-    return backbone(roles, *batch)
+    return backbone.to(batch.tokens.device)(roles, *batch)
 
 
 @torch.no_grad()
 def logits(model, batch):
-    return model(input_ids=batch.tokens[:1]).logits
+    """On the CPU, wherever the model is."""
+    return model(input_ids=batch.tokens[:1].to(model.device)).logits.cpu()
 
 
 def close(ours, expected):
@@ -113,11 +110,10 @@ def test_dora_needs_nf4(monkeypatch):
 # --- quantised trunks -----------------------------------------------------------------
 
 
-@needs_bitsandbytes
 @pytest.mark.parametrize("family", WIDE)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_embeddings_stay_plain(kind, tied, family, on_cpu, make_model, tmp_path, batch):
+def test_embeddings_stay_plain(kind, tied, family, device, make_model, tmp_path, batch):
     plain = make_model(family, tie_word_embeddings=tied, **WIDE[family])
     plain.save_pretrained(tmp_path / "model")
     model = load_language_model(str(tmp_path / "model"), "float32", kind)
@@ -130,16 +126,15 @@ def test_embeddings_stay_plain(kind, tied, family, on_cpu, make_model, tmp_path,
     coarse = {n: m for n, m in model.named_modules() if type(m).__module__.startswith("bitsandbytes")}
     for name, module in coarse.items():
         exact = plain.get_submodule(name).weight
-        found = dequantize_module_weight(module).view(-1, exact.numel())
+        found = dequantize_module_weight(module).cpu().view(-1, exact.numel())
         exact = (exact.T if family == "gpt2" else exact).reshape(1, -1)
         assert 0 < (found - exact).norm() / exact.norm() < (0.02 if kind == "int8" else 0.12), name
     assert len(coarse) >= 2 * 4
     assert logits(model, batch).isfinite().all()
 
 
-@needs_bitsandbytes
 @pytest.mark.parametrize("kind", KINDS)
-def test_random_weights_are_quantised_as_a_folder_of_them_is(kind, on_cpu, tmp_path, batch):
+def test_random_weights_are_quantised_as_a_folder_of_them_is(kind, device, tmp_path, batch):
     load_language_model("random:tiny").save_pretrained(tmp_path / "model")
     ours, theirs = (
         load_language_model("random:tiny", "float32", kind),
@@ -148,7 +143,6 @@ def test_random_weights_are_quantised_as_a_folder_of_them_is(kind, on_cpu, tmp_p
     assert torch.equal(logits(ours, batch), logits(theirs, batch))
 
 
-@needs_bitsandbytes
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
@@ -160,10 +154,10 @@ def test_random_weights_are_quantised_as_a_folder_of_them_is(kind, on_cpu, tmp_p
         ("nf4", lora(use_dora=True)),
     ],
 )
-def test_training_leaves_the_quantised_trunk_bit_exact(kind, settings, dtype, checkpointing, on_cpu, wide, batch):
+def test_training_leaves_the_quantised_trunk_bit_exact(kind, settings, dtype, checkpointing, device, wide, batch):
     spec = BackboneSpec(wide, dtype=dtype, lora=settings, quantization=kind)
     layout = LAYOUTS["hydra"].restricted_to(["actor", "critic", "reference"])
-    backbone = build_backbone(spec, layout, gradient_checkpointing=checkpointing)
+    backbone = build_backbone(spec, layout, gradient_checkpointing=checkpointing).to(device)
     before = {name: p.detach().clone() for name, p in backbone.named_parameters()}
     alone = logits(load_language_model(wide, dtype, kind), batch)
     parameters = dict(backbone.named_parameters())
@@ -183,10 +177,9 @@ def test_training_leaves_the_quantised_trunk_bit_exact(kind, settings, dtype, ch
         assert name not in trainable or p.dtype == torch.float32, name
 
 
-@needs_bitsandbytes
 @pytest.mark.parametrize("layout", ["lora", "dynamic_lora", "hydra"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_quantised_stages_in_a_chain(kind, layout, on_cpu, wide, run_stage, batch):
+def test_quantised_stages_in_a_chain(kind, layout, device, wide, run_stage, batch):
     """Each stage starts exactly where the one before ended: earlier sets are kept beside the trunk."""
     spec = BackboneSpec(wide, lora=lora(3), quantization=kind)
     first, hydra_sft = run_stage("one", spec, supervised_layout(HYDRA, lora=True))
@@ -211,9 +204,8 @@ def test_quantised_stages_in_a_chain(kind, layout, on_cpu, wide, run_stage, batc
         assert torch.equal(value, ended[role]), role
 
 
-@needs_bitsandbytes
 @pytest.mark.parametrize("kind", KINDS)
-def test_exports_of_a_quantised_stage(kind, on_cpu, wide, run_stage, tmp_path, batch):
+def test_exports_of_a_quantised_stage(kind, device, wide, run_stage, tmp_path, batch):
     """The adapter is exact on the base model quantised alike; merged, it is added to the plain weights."""
     first, _ = run_stage("one", BackboneSpec(wide, lora=lora(3)), supervised_layout(HYDRA, lora=True))
     spec = BackboneSpec(wide, lora=lora(2, use_rslora=True), policy_checkpoint=first, quantization=kind)
@@ -230,8 +222,7 @@ def test_exports_of_a_quantised_stage(kind, on_cpu, wide, run_stage, tmp_path, b
     close(logits(merged, batch), logits(plain, batch))
 
 
-@needs_bitsandbytes
-def test_fully_trained_start_is_quantised_itself(on_cpu, wide, run_stage, batch):
+def test_fully_trained_start_is_quantised_itself(device, wide, run_stage, batch):
     first, sft = run_stage("one", BackboneSpec(wide), supervised_layout(HYDRA, lora=False))
     spec = BackboneSpec(wide, lora=lora(), policy_checkpoint=first, quantization="int8")
     backbone = build_backbone(spec, LAYOUTS["hydra"])
@@ -242,8 +233,7 @@ def test_fully_trained_start_is_quantised_itself(on_cpu, wide, run_stage, batch)
     assert 0 < rounding < 0.2 * (read(plain, ("actor",), batch)["actor"] - ended["actor"]).abs().max()
 
 
-@needs_bitsandbytes
-def test_pe_reads_the_reward_models_set_on_a_quantised_trunk(on_cpu, wide, run_stage, batch):
+def test_pe_reads_the_reward_models_set_on_a_quantised_trunk(device, wide, run_stage, batch):
     sft, _ = run_stage(
         "sft", BackboneSpec(wide, lora=lora(3), quantization="nf4"), supervised_layout({"actor": "lm"}, True)
     )
@@ -254,16 +244,14 @@ def test_pe_reads_the_reward_models_set_on_a_quantised_trunk(on_cpu, wide, run_s
     assert torch.equal(found["reward"], read(reward_model, ("reward",), batch)["reward"])
 
 
-@needs_bitsandbytes
-def test_dora_on_top_of_an_earlier_set_is_refused(on_cpu, wide, run_stage):
+def test_dora_on_top_of_an_earlier_set_is_refused(device, wide, run_stage):
     first, _ = run_stage("one", BackboneSpec(wide, lora=lora()), supervised_layout(HYDRA, lora=True))
     spec = BackboneSpec(wide, lora=lora(use_dora=True), policy_checkpoint=first, quantization="nf4")
     with pytest.raises(ValueError, match=r"DoRA set 'actor' needs plain weights.*--format merged"):
         build_backbone(spec, LAYOUTS["hydra"])
 
 
-@needs_bitsandbytes
-def test_a_dora_stage_can_be_continued(on_cpu, wide, run_stage, batch):
+def test_a_dora_stage_can_be_continued(device, wide, run_stage, batch):
     spec = BackboneSpec(wide, lora=lora(use_dora=True), quantization="nf4")
     first, sft = run_stage("one", spec, supervised_layout(HYDRA, lora=True))
     spec = BackboneSpec(wide, lora=lora(), policy_checkpoint=first, quantization="nf4")
@@ -272,8 +260,7 @@ def test_a_dora_stage_can_be_continued(on_cpu, wide, run_stage, batch):
     assert torch.equal(found["actor"], found["reference"])
 
 
-@needs_bitsandbytes
-def test_bitsandbytes_says_each_thing_once(on_cpu, wide, batch, caplog):
+def test_bitsandbytes_says_each_thing_once(device, wide, batch, caplog):
     """It would repeat its note on 16-bit rounding in every pass of every layer."""
     model = load_language_model(wide, "bfloat16", "int8")
     with caplog.at_level(logging.WARNING):

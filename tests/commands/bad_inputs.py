@@ -230,6 +230,7 @@ VALUES = [
     ),
     value("two passes without a ratio", "--model=ReMax --model.inner_epochs=2", "inner_epochs must be 1 for ReMax"),
     value("int8 on this machine", "--model.quantization=int8", "quantization int8 needs"),
+    value("nf4 on this machine", "--model.quantization=nf4", "quantization nf4 needs"),
     value("whole trunks in 4 bits", "--model.quantization=nf4 --model.layout=full", "needs frozen trunks"),
     value("no reward head", "--model.reward=RoleReward", "the reward role needs a trained reward head"),
     value("policy checkpoint without a policy", "--model.policy_checkpoint={reward_model}", "holds no policy"),

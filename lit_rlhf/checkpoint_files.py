@@ -46,10 +46,11 @@ def load_plain(file: Path, map_location: Any = "cpu", weights_only: bool = True,
         mapped = mmap and zipfile.is_zipfile(file)
         return torch.load(file, map_location=map_location, weights_only=weights_only, mmap=mapped)
     except Exception as error:
-        raise CheckpointError(_why_not_read(file, error)) from error
+        raise CheckpointError(why_not_read(file, error)) from error
 
 
-def _why_not_read(target: Path, error: Exception) -> str:
+def why_not_read(target: Path, error: Exception) -> str:
+    """Return what is said of a file that could not be read."""
     text = str(error)
     if isinstance(error, pickle.UnpicklingError) and (
         found := re.search(r"(?:GLOBAL|Unsupported global:) (\S+)", text)

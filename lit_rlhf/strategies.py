@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lit_rlhf.backbone import StrategyError, data_parallel_mesh
 from lit_rlhf.backbone.stages import read_checkpoint
 from lit_rlhf.checkpoint_files import CheckpointError
+from lit_rlhf.checkpoint_folders import REST, beside, load_folder, put_in_place, remove, save_folder, settle
 
 # By the first word of Lightning's registered names.
 REFUSED = {
@@ -105,20 +106,47 @@ class FSDP2Strategy(ModelParallelStrategy):
         }
         return {"state": whole, "param_groups": saved["param_groups"]} if self.is_global_zero else {}
 
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load weights and optimizer state; each rank reads its own shards from the one file.
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint; what is there under its name is replaced by a renaming, once all of it is on the disk.
 
         Raises:
-            CheckpointError: The file cannot be read.
+            CheckpointError: It could not be written; the earlier one is intact. A folder's is raised on all ranks.
+        """
+        path, over_folder = self.broadcast((Path(filepath), (Path(filepath) / REST).is_file()))
+        if not self._save_distributed_checkpoint or storage_options is not None:
+            # Lightning would delete a folder of that name before it writes the file.
+            super().save_checkpoint(checkpoint, beside(path, "partial") if over_folder else filepath, storage_options)
+            if over_folder and self.is_global_zero:
+                put_in_place(beside(path, "partial"), path)
+            return
+        if "://" in str(filepath):
+            raise CheckpointError(f"checkpoint {filepath}: folders of shards go to disks, not to remote storage")
+        states = checkpoint.pop("optimizer_states", [])
+        shards = {"state_dict": checkpoint.pop("state_dict")}
+        save_folder(path, shards | {f"optimizer_{index}": state for index, state in enumerate(states)}, checkpoint)
+
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        """Delete a checkpoint; a folder is never half there."""
+        if not Path(filepath).is_dir():
+            super().remove_checkpoint(filepath)
+        elif self.is_global_zero:
+            remove(Path(filepath))
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load weights and optimizer state; each rank reads its own shards, from a folder or from the one file.
+
+        Raises:
+            CheckpointError: It cannot be read.
         """
         path = Path(self.broadcast(checkpoint_path))
+        assert self.lightning_module is not None
+        settle(path)
         if path.is_dir():
-            return super().load_checkpoint(path, weights_only)
+            return load_folder(path, self.lightning_module, self.optimizers, self.lightning_module.strict_loading)
         try:
             checkpoint = read_checkpoint(path)
         except (OSError, ValueError) as error:
             raise CheckpointError(str(error)) from error
-        assert self.lightning_module is not None
         parameters = dict(self.lightning_module.named_parameters())
         weights = checkpoint.pop("state_dict")
         with torch.no_grad():

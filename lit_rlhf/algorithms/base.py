@@ -38,6 +38,7 @@ from lit_rlhf.backbone import (
 )
 from lit_rlhf.callbacks import NumericalGuard, OnNonFinite, SafeCheckpoints, StopOnSigterm
 from lit_rlhf.checkpoint_files import load_file
+from lit_rlhf.checkpoint_folders import read_rest, settle
 from lit_rlhf.strategies import check_strategy
 
 
@@ -243,15 +244,17 @@ class BackboneModule(L.LightningModule):
         """Refuse a checkpoint that cannot be resumed, as far as that can be told before any weights load.
 
         Args:
-            path: Its path; remote ones, folders of shards and keywords such as ``last`` are left to the restore.
+            path: Its path, of a file or a folder of shards; remote ones and keywords such as ``last`` are left to the
+                restore.
             max_epochs: Epochs that the run is to have in the end; None and -1 set no limit.
 
         Raises:
             ValueError: It is missing, damaged, foreign, of another algorithm, model or layout, or has more epochs.
         """
-        if "://" in path or (Path(path) / "meta.pt").is_file() or path in ("best", "hpc", "last", "registry"):
+        if "://" in path or path in ("best", "hpc", "last", "registry"):
             return
-        content = load_file(Path(path), mmap=True)
+        settle(Path(path))
+        content = read_rest(Path(path)) if Path(path).is_dir() else load_file(Path(path), mmap=True)
         self.spec.fingerprints = fingerprint_parents(self.spec)
         self._refuse_foreign(content, path)
         done = int(content.get("epoch", -1)) + 1

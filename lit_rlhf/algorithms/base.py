@@ -109,7 +109,7 @@ class BackboneModule(L.LightningModule):
                 optimizer or the schedule refuses its arguments; or the data are beyond the model.
             OSError: A model's files are missing or damaged.
         """
-        check_strategy(self.trainer.strategy)
+        check_strategy(self.trainer.strategy, self.spec.quantization is not None)
         if str(self.trainer.precision) in ("bf16-true", "16-true"):
             raise ValueError(
                 f"precision {self.trainer.precision} would cast LoRA sets, heads and optimizer state too. Use "
@@ -191,7 +191,8 @@ class BackboneModule(L.LightningModule):
         if mesh is not None and not is_sharded(self.backbone):
             strategy = None if self._trainer is None else self._trainer.strategy
             reshard = getattr(strategy, "reshard_after_forward", True)
-            shard(self, self.backbone, mesh, self.entry_methods, reshard, from_first_rank)
+            offload = getattr(strategy, "cpu_offload", False)
+            shard(self, self.backbone, mesh, self.entry_methods, reshard, from_first_rank, offload)
         self._eos_ids = sorted({int(self.tokenizer.eos_token_id), *self.backbone.eos_token_ids})
 
     def parameter_groups(self) -> list[dict[str, Any]]:

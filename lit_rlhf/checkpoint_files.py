@@ -1,8 +1,10 @@
-"""Reading checkpoint files: never code, and what is said of a file that cannot be read."""
+"""Reading checkpoint files: never code; what is said of one that cannot be read, or could not be written."""
 
 import errno
+import os
 import pickle
 import re
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -29,20 +31,26 @@ def load_file(file: Path, map_location: Any = "cpu", weights_only: bool = True, 
     if not file.is_file():
         kind = "is a folder" if file.is_dir() else "does not exist"
         raise CheckpointError(f"checkpoint {file} {kind}; give the .ckpt file that an earlier run wrote")
-    if not file.stat().st_size:
-        raise CheckpointError(f"checkpoint {file} is empty; use an earlier one")
-    try:
-        # torch can map its own archives only; what is wrong with other files shows without.
-        mapped = mmap and zipfile.is_zipfile(file)
-        content = torch.load(file, map_location=map_location, weights_only=weights_only, mmap=mapped)
-    except Exception as error:
-        raise CheckpointError(_why_not_read(file, error)) from error
+    content = load_plain(file, map_location, weights_only, mmap)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise CheckpointError(f"{file} is a file of torch's but no checkpoint of a run: it holds no state_dict")
     return content
 
 
-def _why_not_read(target: Path, error: Exception) -> str:
+def load_plain(file: Path, map_location: Any = "cpu", weights_only: bool = True, mmap: bool = False) -> Any:
+    """Load a file of torch's, whatever it holds; arguments and errors as of :func:`load_file`."""
+    if not file.stat().st_size:
+        raise CheckpointError(f"checkpoint {file} is empty; use an earlier one")
+    try:
+        # torch can map its own archives only; what is wrong with other files shows without.
+        mapped = mmap and zipfile.is_zipfile(file)
+        return torch.load(file, map_location=map_location, weights_only=weights_only, mmap=mapped)
+    except Exception as error:
+        raise CheckpointError(why_not_read(file, error)) from error
+
+
+def why_not_read(target: Path, error: Exception) -> str:
+    """Return what is said of a file that could not be read."""
     text = str(error)
     if isinstance(error, pickle.UnpicklingError) and (
         found := re.search(r"(?:GLOBAL|Unsupported global:) (\S+)", text)
@@ -56,3 +64,36 @@ def _why_not_read(target: Path, error: Exception) -> str:
         return f"checkpoint {target} cannot be read: {error.strerror or error}"
     # What torch says of a torn file is about zip archives and pickles; it stays the cause.
     return f"checkpoint {target} cannot be read: it is torn (its writing was cut short) or no checkpoint; use another"
+
+
+def sync_folder(folder: Path) -> None:
+    """Put a renaming on the disk, where the system can do that to a folder."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def disk_error(error: Exception) -> OSError | None:
+    """Return the error that the disk gave, which torch's own "unexpected pos" may hide; None for other errors."""
+    return next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), None)
+
+
+def why_not_written(target: Path, error: Exception) -> str:
+    """Return what is said of a checkpoint, a file or a folder, that could not be written; the earlier one is there."""
+    try:
+        space = f", {shutil.disk_usage(target.parent).free / 1e6:.1f} MB free in {target.parent}"
+    except OSError:
+        space = ""
+    kind = "folder" if target.is_dir() else "file"
+    if target.exists():
+        rest = f"The {kind} of that name from before is intact: free some space and resume with --ckpt_path {target}"
+    else:
+        rest = "There is no earlier file of that name. Free some space, or give ModelCheckpoint another dirpath"
+    return f"checkpoint {target} could not be written: {getattr(error, 'strerror', None) or error}{space}. {rest}"

@@ -5,17 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.strategy import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.distributed import Backend
 from torch.distributed.constants import default_pg_timeout
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from lit_rlhf.backbone import StrategyError, data_parallel_mesh
 from lit_rlhf.backbone.stages import read_checkpoint
 from lit_rlhf.checkpoint_files import CheckpointError
+from lit_rlhf.checkpoint_folders import REST, beside, load_folder, put_in_place, remove, save_folder, settle
 
 # By the first word of Lightning's registered names.
 REFUSED = {
@@ -38,14 +44,29 @@ def refuse_strategy(name: str) -> None:
         )
 
 
-def check_strategy(strategy: Strategy) -> None:
+def check_strategy(strategy: Strategy, quantized: bool = False) -> None:
     """Refuse a strategy under which gradients or checkpoints would be wrong; before any model loads.
 
+    Args:
+        strategy: The trainer's.
+        quantized: Whether frozen trunks are.
+
     Raises:
-        StrategyError: It is FSDP1 or DeepSpeed, or its device mesh is tensor parallel.
+        StrategyError: It is FSDP1 or DeepSpeed, its device mesh is tensor parallel, or it offloads what cannot be.
     """
     for kind in type(strategy).__mro__:
         refuse_strategy(kind.__name__)
+    if getattr(strategy, "cpu_offload", False):
+        if quantized:
+            raise StrategyError(
+                "strategy: cpu_offload moves shards to the host's memory, but bitsandbytes' weights work on the GPU "
+                "only. Leave cpu_offload out, or model.quantization (model.dtype: bfloat16 instead)"
+            )
+        if getattr(strategy.precision_plugin, "scaler", None) is not None:
+            raise StrategyError(
+                "strategy: cpu_offload and precision 16-mixed exclude each other: the loss scaler would look at "
+                "gradients on the GPU. Use precision bf16-mixed or 32-true"
+            )
     if isinstance(strategy, ModelParallelStrategy):
         data_parallel_mesh(strategy.device_mesh)
         if not isinstance(strategy, FSDP2Strategy):
@@ -65,8 +86,10 @@ class FSDP2Strategy(ModelParallelStrategy):
             them until backward (ZeRO-2's memory in training: gradients and optimizer state are sharded).
         save_distributed_checkpoint: Write a folder with each rank's shards instead of one file. Only this strategy
             resumes it, on any number of ranks; ``export`` and later stages need the file.
-        process_group_backend: None chooses NCCL on GPUs, else Gloo.
+        process_group_backend: None chooses NCCL on GPUs, with Gloo beside it for ``cpu_offload``, else Gloo.
         timeout: Of collective operations.
+        cpu_offload: Keep sharded parameters, gradients and optimizer state in the host's memory (ZeRO-3 with CPU
+            offload); the optimizer steps there. A layer's parameters are gathered on the GPU. Never run on a GPU yet.
     """
 
     def __init__(
@@ -75,6 +98,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta = default_pg_timeout,
+        cpu_offload: bool = False,
     ) -> None:
         super().__init__(
             tensor_parallel_size=1,
@@ -83,11 +107,43 @@ class FSDP2Strategy(ModelParallelStrategy):
             timeout=timeout,
         )
         self.reshard_after_forward = reshard_after_forward
+        self.cpu_offload = cpu_offload
 
     def setup_environment(self) -> None:
-        """Lay the mesh over all ranks."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
-        super().setup_environment()
+        """Lay the mesh over all ranks.
+
+        Raises:
+            StrategyError: ``cpu_offload`` on GPUs with a backend that cannot sum over tensors in the host's memory.
+        """
+        if not self.cpu_offload:
+            self._data_parallel_size = self.num_nodes * self.num_processes
+            super().setup_environment()
+            return
+        self._process_group_backend = offload_backend(self.root_device.type, self._process_group_backend)
+        self._setup_distributed()
+        # Of one dimension, which is the default group. For a second one torch would split that group, and with two
+        # backends that fails or warns (pytorch/pytorch#159200).
+        mesh = init_device_mesh(self.root_device.type, (self.world_size,), mesh_dim_names=("data_parallel",))
+        assert self.lightning_module is not None
+        self._device_mesh = self.lightning_module._device_mesh = mesh
+
+    def setup(self, trainer: Trainer) -> None:
+        """Set up as Lightning does, but leave an optimizer's state where its parameters are."""
+        super().setup(trainer)
+        if self.cpu_offload:
+            _optimizers_to_device(self.optimizers, torch.device("cpu"))
+
+    def model_to_device(self) -> None:
+        """Move the model; with ``cpu_offload`` its buffers only, since FSDP2 insists on parameters on the CPU."""
+        if not self.cpu_offload:
+            super().model_to_device()
+            return
+        assert self.model is not None
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.root_device)
+        # What ``module.device`` says: batches, rollouts and logged numbers go there.
+        _update_properties(self.model, device=self.root_device)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the state as an optimizer of a single device has it; on ranks other than 0 without content.
@@ -105,20 +161,47 @@ class FSDP2Strategy(ModelParallelStrategy):
         }
         return {"state": whole, "param_groups": saved["param_groups"]} if self.is_global_zero else {}
 
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load weights and optimizer state; each rank reads its own shards from the one file.
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint; what is there under its name is replaced by a renaming, once all of it is on the disk.
 
         Raises:
-            CheckpointError: The file cannot be read.
+            CheckpointError: It could not be written; the earlier one is intact. A folder's is raised on all ranks.
+        """
+        path, over_folder = self.broadcast((Path(filepath), (Path(filepath) / REST).is_file()))
+        if not self._save_distributed_checkpoint or storage_options is not None:
+            # Lightning would delete a folder of that name before it writes the file.
+            super().save_checkpoint(checkpoint, beside(path, "partial") if over_folder else filepath, storage_options)
+            if over_folder and self.is_global_zero:
+                put_in_place(beside(path, "partial"), path)
+            return
+        if "://" in str(filepath):
+            raise CheckpointError(f"checkpoint {filepath}: folders of shards go to disks, not to remote storage")
+        states = checkpoint.pop("optimizer_states", [])
+        shards = {"state_dict": checkpoint.pop("state_dict")}
+        save_folder(path, shards | {f"optimizer_{index}": state for index, state in enumerate(states)}, checkpoint)
+
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        """Delete a checkpoint; a folder is never half there."""
+        if not Path(filepath).is_dir():
+            super().remove_checkpoint(filepath)
+        elif self.is_global_zero:
+            remove(Path(filepath))
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load weights and optimizer state; each rank reads its own shards, from a folder or from the one file.
+
+        Raises:
+            CheckpointError: It cannot be read.
         """
         path = Path(self.broadcast(checkpoint_path))
+        assert self.lightning_module is not None
+        settle(path)
         if path.is_dir():
-            return super().load_checkpoint(path, weights_only)
+            return load_folder(path, self.lightning_module, self.optimizers, self.lightning_module.strict_loading)
         try:
             checkpoint = read_checkpoint(path)
         except (OSError, ValueError) as error:
             raise CheckpointError(str(error)) from error
-        assert self.lightning_module is not None
         parameters = dict(self.lightning_module.named_parameters())
         weights = checkpoint.pop("state_dict")
         with torch.no_grad():
@@ -129,20 +212,46 @@ class FSDP2Strategy(ModelParallelStrategy):
         return checkpoint
 
 
+def offload_backend(device: str, backend: str | None) -> str | None:
+    """Return the backend of the process group for ``cpu_offload``: on GPUs one for each kind of tensor.
+
+    The norm of the gradient and the like are sums over tensors in the host's memory.
+
+    Args:
+        device: Type of the device.
+        backend: What the user asked for.
+
+    Raises:
+        StrategyError: It has nothing for tensors in the host's memory.
+    """
+    if device == "cpu":
+        return backend
+    if backend is not None and "cpu:" not in backend:
+        raise StrategyError(
+            f"strategy: cpu_offload needs a process_group_backend for the host's memory too, and {backend} is for "
+            f"{device} alone. Leave it out, or set cpu:gloo,{device}:{backend}"
+        )
+    return backend or f"cpu:gloo,{device}:{Backend.default_device_backend_map.get(device, 'nccl')}"
+
+
 def _gathered(value: Any, keep: bool) -> Any:
     """Return the whole of a sharded tensor on the CPU; every rank calls this, those that keep nothing get None."""
-    whole = value.full_tensor() if isinstance(value, DTensor) else value
+    if isinstance(value, DTensor):
+        # Offloaded shards are gathered on the device, as all others.
+        value = value.to(device=value.device_mesh.device_type)
+        value = value.full_tensor()
     if not keep:
         return None
-    return whole.cpu() if isinstance(whole, Tensor) else whole
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def _like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """Return a tensor sharded as the parameter is; every rank has the whole and takes its own part."""
+    """Return a tensor sharded as the parameter is and where it is; every rank has the whole and takes its own part."""
     if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
         return whole.to(parameter.device)
     whole = whole.to(parameter.device_mesh.device_type)
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    sharded = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return sharded.to(parameter.device)
 
 
 def _sharded_state(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:

@@ -31,8 +31,12 @@ from typing import Any
 import torch
 import yaml
 from kill_runs import ITERATIONS, MATRIX, ON_POLICY, PHASES, SMALL, WATCH, Run, settings
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from lit_rlhf.callbacks import AtomicCheckpointIO
+from lit_rlhf.checkpoint_folders import read_rest
 from lit_rlhf.cli import main as lit_rlhf
 from lit_rlhf.commands import trainer as _  # noqa: F401  (imported before the forks)
 
@@ -121,7 +125,8 @@ def work(folder: Path, rank: int, processes: int, port: int) -> None:
                 "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                 "TORCHELASTIC_RUN_ID": "kill_matrix",
             }  # fmt: skip
-        resume = ["--ckpt_path", "last.ckpt"] if Path("last.ckpt").exists() else []
+        written = Path("last.ckpt").exists() or Path(".last.ckpt.previous").exists()
+        resume = ["--ckpt_path", "last.ckpt"] if written else []
         lit_rlhf(["fit", "-c", "run.yaml", *resume])
         status = 0
     except BaseException:
@@ -201,7 +206,7 @@ def unreadable(folder: Path) -> list[str]:
     found = []
     for path in folder.glob("*.ckpt"):
         try:
-            AtomicCheckpointIO().load_checkpoint(path)
+            read_rest(path) if path.is_dir() else AtomicCheckpointIO().load_checkpoint(path)
         except Exception as error:
             found.append(f"{path.name}: {error}")
     return found
@@ -225,15 +230,25 @@ def compare(whole: Path, killed: Path) -> list[str]:
     found: list[str] = []
     ours, theirs = (metrics(folder, found) for folder in (killed, whole))
     found += [f"metrics of iteration {epoch + 1} differ" for epoch in theirs if ours.get(epoch) != theirs[epoch]]
-    ends = [torch.load(folder / "last.ckpt", weights_only=True) for folder in (killed, whole)]
+    ends = [content(folder / "last.ckpt") for folder in (killed, whole)]
     for key in ends[1]:
         # Callbacks hold paths and times; what matters of them is the buffer's.
         values = [end[key] if key != "callbacks" else end[key].get("RolloutBuffer") for end in ends]
         if key != "loops" and not same(*values):
             found.append(f"checkpoints differ in {key}")
-    if leftovers := list(killed.glob(".*.partial")):
+    if leftovers := list(killed.glob(".last.ckpt.*")):
         found.append(f"left behind: {leftovers}")
     return found
+
+
+def content(path: Path) -> dict[str, Any]:
+    """Return all that a checkpoint holds."""
+    if path.is_file():
+        return torch.load(path, weights_only=True)
+    shards: dict[str, Any] = {}
+    reader, planner = FileSystemReader(path), _EmptyStateDictLoadPlanner()
+    _load_state_dict(shards, storage_reader=reader, planner=planner, no_dist=True)
+    return read_rest(path) | shards
 
 
 def same(first: Any, second: Any) -> bool:
@@ -315,7 +330,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of kill_matrix.json and kill_matrix.md")
     parser.add_argument("--kills", type=int, default=4, help="kills of each run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--small", action="store_true", help="three runs only: one process, DDP, FSDP2")
+    parser.add_argument("--small", action="store_true", help="four runs only: one process, DDP, FSDP2 and its folders")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []

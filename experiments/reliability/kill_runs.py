@@ -48,6 +48,7 @@ MATRIX = [
     Run("ReMax", "hydra", "ddp"),
     Run("RLOO", "pe", "single"),
     Run("RLOO", "full", "fsdp2"),
+    Run("PPO", "hydra", "fsdp2_folder"),
     Run("GRPO", "j_hydra", "single"),
     Run("GRPO", "dynamic_lora", "ddp"),
     Run("ReinforcePlusPlus", "hydra", "single"),
@@ -57,7 +58,13 @@ MATRIX = [
     Run("HydraSFT", None, "fsdp2"),
     Run("RewardModel", None, "ddp"),
 ]
-SMALL = [Run("PPO", "hydra", "single"), Run("PPO", "hydra", "ddp"), Run("GRPO", "full", "fsdp2")]
+SMALL = [
+    Run("PPO", "hydra", "single"),
+    Run("PPO", "hydra", "ddp"),
+    Run("GRPO", "full", "fsdp2"),
+    Run("PPO", "hydra", "fsdp2_folder"),
+]
+FOLDER = {"class_path": "lit_rlhf.strategies.FSDP2Strategy", "init_args": {"save_distributed_checkpoint": True}}
 
 
 class Watch(PhaseListener):
@@ -133,6 +140,6 @@ def settings(run: Run, stages: Path, seed: int) -> dict[str, Any]:
         ],
     }  # fmt: skip
     if run.strategy != "single":
-        trainer["strategy"] = run.strategy
+        trainer["strategy"] = FOLDER if run.strategy == "fsdp2_folder" else run.strategy
     model = {"class_path": run.algorithm, "init_args": arguments}
     return {"seed_everything": seed, "trainer": trainer, "model": model, "data": data}

@@ -38,6 +38,7 @@ from lit_rlhf.backbone import (
 )
 from lit_rlhf.callbacks import NumericalGuard, OnNonFinite, SafeCheckpoints, StopAfterStep, StopOnSigterm
 from lit_rlhf.checkpoint_files import load_file
+from lit_rlhf.checkpoint_folders import read_rest, settle
 from lit_rlhf.strategies import check_strategy
 
 
@@ -109,7 +110,7 @@ class BackboneModule(L.LightningModule):
                 optimizer or the schedule refuses its arguments; or the data are beyond the model.
             OSError: A model's files are missing or damaged.
         """
-        check_strategy(self.trainer.strategy)
+        check_strategy(self.trainer.strategy, self.spec.quantization is not None)
         if str(self.trainer.precision) in ("bf16-true", "16-true"):
             raise ValueError(
                 f"precision {self.trainer.precision} would cast LoRA sets, heads and optimizer state too. Use "
@@ -191,7 +192,8 @@ class BackboneModule(L.LightningModule):
         if mesh is not None and not is_sharded(self.backbone):
             strategy = None if self._trainer is None else self._trainer.strategy
             reshard = getattr(strategy, "reshard_after_forward", True)
-            shard(self, self.backbone, mesh, self.entry_methods, reshard, from_first_rank)
+            offload = getattr(strategy, "cpu_offload", False)
+            shard(self, self.backbone, mesh, self.entry_methods, reshard, from_first_rank, offload)
         self._eos_ids = sorted({int(self.tokenizer.eos_token_id), *self.backbone.eos_token_ids})
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -244,15 +246,17 @@ class BackboneModule(L.LightningModule):
         """Refuse a checkpoint that cannot be resumed, as far as that can be told before any weights load.
 
         Args:
-            path: Its path; remote ones, folders of shards and keywords such as ``last`` are left to the restore.
+            path: Its path, of a file or a folder of shards; remote ones and keywords such as ``last`` are left to the
+                restore.
             max_epochs: Epochs that the run is to have in the end; None and -1 set no limit.
 
         Raises:
             ValueError: It is missing, damaged, foreign, of another algorithm, model or layout, or has more epochs.
         """
-        if "://" in path or (Path(path) / "meta.pt").is_file() or path in ("best", "hpc", "last", "registry"):
+        if "://" in path or path in ("best", "hpc", "last", "registry"):
             return
-        content = load_file(Path(path), mmap=True)
+        settle(Path(path))
+        content = read_rest(Path(path)) if Path(path).is_dir() else load_file(Path(path), mmap=True)
         self.spec.fingerprints = fingerprint_parents(self.spec)
         self._refuse_foreign(content, path)
         done = int(content.get("epoch", -1)) + 1

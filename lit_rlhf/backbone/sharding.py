@@ -6,7 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed import broadcast, broadcast_object_list
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -44,6 +50,7 @@ def shard(
     entry_methods: Sequence[str],
     reshard_after_forward: bool = True,
     from_first_rank: bool = False,
+    cpu_offload: bool = False,
 ) -> None:
     """Shard every decoder layer, then the root with what is left: embeddings, norms, heads.
 
@@ -58,6 +65,7 @@ def shard(
         from_first_rank: Take all weights from the first rank, each layer just before it is sharded. The other ranks'
             backbone may be on the meta device: they never hold more than their shards and one layer (or what is in no
             layer).
+        cpu_offload: Keep shards and their gradients in the host's memory; gathered parameters are on the device.
 
     Raises:
         StrategyError: The mesh has a tensor-parallel dimension.
@@ -72,11 +80,14 @@ def shard(
         for layer in backbone.language_model(name).modules()
         if isinstance(layer, GradientCheckpointingLayer)
     ]
+    # Page-locked memory is there to copy from and to a device.
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy()
     for unit in (*layers, root):
         if from_first_rank:
             _receive(unit, pending, mesh)
         # The root's own parameters are needed again as soon as backward begins.
-        fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward and (unit is not root or None))
+        reshard = reshard_after_forward and (unit is not root or None)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=reshard, offload_policy=offload)
     for method in entry_methods:
         register_fsdp_forward_method(root, method)
     trained = set(backbone.trainable_names)

@@ -1,8 +1,6 @@
 """Checkpoint files that are complete or absent, and that are refused where they are not."""
 
-import errno
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lit_rlhf.checkpoint_files import CheckpointError, load_file
+from lit_rlhf.checkpoint_files import CheckpointError, disk_error, load_file, sync_folder, why_not_written
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -41,13 +39,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, target)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
         except (OSError, RuntimeError) as error:
-            # torch's own "unexpected pos" hides the error that the disk gave.
-            cause = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), None)
+            cause = disk_error(error)
             if cause is None:
                 raise
-            raise CheckpointError(_why_not_written(target, cause)) from error
+            raise CheckpointError(why_not_written(target, cause)) from error
         finally:
             partial.unlink(missing_ok=True)
 
@@ -87,32 +84,6 @@ def _lives(process: int) -> bool:
     except OSError:
         return True
     return True
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put a renaming on the disk, where the system can do that to a folder."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _why_not_written(target: Path, error: OSError) -> str:
-    try:
-        space = f", {shutil.disk_usage(target.parent).free / 1e6:.1f} MB free in {target.parent}"
-    except OSError:
-        space = ""
-    if target.is_file():
-        rest = f"The file of that name from before is intact: free some space and resume with --ckpt_path {target}"
-    else:
-        rest = "There is no earlier file of that name. Free some space, or give ModelCheckpoint another dirpath"
-    return f"checkpoint {target} could not be written: {error.strerror or error}{space}. {rest}"
 
 
 class SafeCheckpoints(Callback):

@@ -243,7 +243,7 @@ def _all_finite(losses: list[Tensor], gradients: list[Tensor], norm: float, devi
 def _total_norm(tensors: list[Tensor], norm: float, device: torch.device) -> Tensor:
     """Return the norm over all tensors, 0 for none; a rank's shard of a small parameter may be empty."""
     present = [tensor for tensor in tensors if tensor.numel()]
-    return get_total_norm(present, norm).float() if present else torch.zeros((), device=device)
+    return get_total_norm(present, norm).float().to(device) if present else torch.zeros((), device=device)
 
 
 def _shard(tensor: Tensor) -> Tensor:

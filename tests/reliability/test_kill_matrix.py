@@ -18,9 +18,9 @@ def test_killed_runs_end_as_undisturbed_ones_on_one_process_ddp_and_fsdp2(tmp_pa
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     content = json.loads((tmp_path / "kill_matrix.json").read_text())
-    assert [row["strategy"] for row in content["rows"]] == ["single", "ddp", "fsdp2"]
+    assert [row["strategy"] for row in content["rows"]] == ["single", "ddp", "fsdp2", "fsdp2_folder"]
     assert all(row["starts"] == len(row["kills"]) + 1 for row in content["rows"])
-    assert content["kills"] >= 6  # a run may end before its last kill
+    assert content["kills"] >= 8  # a run may end before its last kill
     assert content["wrong"] == 0
 
 

@@ -131,12 +131,14 @@ def settings(run: Run, stages: Path, seed: int) -> dict[str, Any]:
             **groups,
         }  # fmt: skip
     data["init_args"]["validation_size"] = 4  # type: ignore[index]
+    # On-policy runs can be saved at an iteration's end only, supervised ones after any step.
+    when = {} if run.algorithm in ON_POLICY else {"every_n_train_steps": 1}
     trainer: dict[str, Any] = {
         "accelerator": "cpu", "devices": run.processes, "max_epochs": ITERATIONS, "enable_progress_bar": False,
         "enable_model_summary": False, "logger": False, "callbacks": [
             {"class_path": "kill_runs.Watch"},
             {"class_path": "ModelCheckpoint", "init_args": {"dirpath": ".", "filename": "last",
-                                                            "enable_version_counter": False}},
+                                                            "enable_version_counter": False, **when}},
         ],
     }  # fmt: skip
     if run.strategy != "single":

@@ -4,6 +4,7 @@ A folder is written as ``.NAME.partial`` beside its place and renamed in the end
 ``.NAME.previous`` for as long as two renamings take. What is to be deleted is ``.NAME.removed`` first.
 """
 
+import errno
 import os
 import pickle
 import shutil
@@ -77,7 +78,7 @@ def load_folder(
     Raises:
         CheckpointError: On all ranks, if one cannot read the folder, or it is torn, foreign or of another model.
     """
-    rest = _on_every_rank(path, lambda: read_rest(path))
+    rest = _on_every_rank(path, lambda: read_rest(path), why_not_read)
     weights = {"state_dict": get_model_state_dict(model)}
     _read_shards(path, weights)
     model.load_state_dict(weights["state_dict"], strict=strict)
@@ -133,9 +134,16 @@ def put_in_place(partial: Path, path: Path) -> None:
     """Give a file or folder its name; one of that name, file or folder, is removed once the new one is there."""
     previous = beside(path, "previous")
     try:
-        if path.exists():
-            path.rename(previous)
-        partial.rename(path)
+        for last in (False, True):
+            if path.exists():
+                path.rename(previous)
+            try:
+                partial.rename(path)
+                break
+            except OSError as error:
+                # A process that read the checkpoint in between has put the previous one back.
+                if last or error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
         sync_folder(path.parent)
     finally:
         settle(path)
@@ -169,7 +177,7 @@ def _prepare(path: Path, partial: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     settle(path)
     remove(beside(path, "previous"))
-    for leftover in (partial, *path.parent.glob(".*.removed")):
+    for leftover in (partial, *path.parent.glob(".*.ckpt.removed")):
         _delete(leftover)
     partial.mkdir()
 
@@ -194,8 +202,10 @@ def _on_first_rank(path: Path, work: Callable[[], None]) -> None:
     _on_every_rank(path, lambda: work() if _rank() == 0 else None)
 
 
-def _on_every_rank(path: Path, work: Callable[[], Result]) -> Result:
-    """Do something on every rank, and go on when all are through.
+def _on_every_rank(
+    path: Path, work: Callable[[], Result], say: Callable[[Path, Exception], str] = why_not_written
+) -> Result:
+    """Do something on every rank, and go on when all are through; ``say`` words an error of the disk's.
 
     Raises:
         CheckpointError: On all ranks, if it failed on one.
@@ -206,7 +216,7 @@ def _on_every_rank(path: Path, work: Callable[[], Result]) -> Result:
     except CheckpointError as error:
         said, cause = str(error), error.__cause__
     except Exception as error:
-        said, cause = why_not_written(path, disk_error(error) or error), error
+        said, cause = say(path, disk_error(error) or error), error
     everywhere = [said]
     if dist.is_initialized():
         everywhere = [None] * dist.get_world_size()

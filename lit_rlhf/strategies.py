@@ -169,6 +169,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         """
         path, over_folder = self.broadcast((Path(filepath), (Path(filepath) / REST).is_file()))
         if not self._save_distributed_checkpoint or storage_options is not None:
+            if self.is_global_zero:
+                settle(path)
+                remove(beside(path, "previous"))
             # Lightning would delete a folder of that name before it writes the file.
             super().save_checkpoint(checkpoint, beside(path, "partial") if over_folder else filepath, storage_options)
             if over_folder and self.is_global_zero:

@@ -20,9 +20,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from lit_rlhf import PromptData
+from lit_rlhf import PromptData, checkpoint_folders
 from lit_rlhf.checkpoint_files import CheckpointError
-from lit_rlhf.checkpoint_folders import load_folder, read_rest, remove, save_folder, settle
+from lit_rlhf.checkpoint_folders import load_folder, put_in_place, read_rest, remove, save_folder, settle
 from lit_rlhf.strategies import FSDP2Strategy
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -358,3 +358,34 @@ def test_bad_folders_end_a_run_in_one_line(group: None, prompts: PromptData, tmp
         sharded(tmp_path / "again", 2).fit(make_ppo(), prompts, ckpt_path=path)
     with pytest.raises(CheckpointError, match="is torn"):
         read_rest(path)
+
+
+def test_a_reader_that_puts_the_earlier_one_back_does_not_stop_the_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, partial = tmp_path / "last.ckpt", tmp_path / ".last.ckpt.partial"
+    for folder, name in ((path, "old"), (partial, "new")):
+        folder.mkdir()
+        (folder / name).touch()
+    rename, readers = Path.rename, []
+
+    def meets_a_reader(self: Path, target: Path) -> Path:
+        if self == partial and not readers:
+            readers.append(settle(path))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", meets_a_reader)
+    put_in_place(partial, path)
+    assert readers == [None]
+    assert [file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*")] == ["last.ckpt", "last.ckpt/new"]
+
+
+def test_a_folder_that_may_not_be_read_is_not_said_to_be_unwritable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoint_folders, "read_rest", refuse)
+    with pytest.raises(CheckpointError, match=r"last.ckpt cannot be read: Permission denied$"):
+        load_folder(tmp_path / "last.ckpt", torch.nn.Linear(1, 1), [])

@@ -67,7 +67,7 @@ class BackboneModule(L.LightningModule):
 
     lr_interval: ClassVar[str] = "step"
     progress_metrics: ClassVar[frozenset[str]] = frozenset({"train/loss"})
-    on_sigterm: ClassVar[type[StopOnSigterm]] = StopAfterStep
+    sigterm_callback: ClassVar[type[StopOnSigterm]] = StopAfterStep
     entry_methods: ClassVar[tuple[str, ...]] = ("training_step", "validation_step", "test_step", "predict_step")
 
     def __init__(
@@ -149,7 +149,7 @@ class BackboneModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Guard every run's numbers, checkpoints and end; a subclass adds its own."""
-        return [self.guard, SafeCheckpoints(), self.on_sigterm()]
+        return [self.guard, SafeCheckpoints(), self.sigterm_callback()]
 
     def make_layout(self) -> Layout:
         """Return the layout of this run; the one thing a new kind of stage has to say about its model."""

@@ -66,7 +66,7 @@ class OnPolicyModule(BackboneModule):
     """
 
     lr_interval: ClassVar[str] = "epoch"
-    on_sigterm = StopInIteration
+    sigterm_callback = StopInIteration
     # True for algorithms without a policy ratio: one update an iteration, in one pass over the rollout.
     one_update: ClassVar[bool] = False
     progress_metrics: ClassVar[frozenset[str]] = frozenset({"rollout/score", "rollout/kl", "train/value_loss"})

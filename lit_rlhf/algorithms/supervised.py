@@ -2,12 +2,14 @@
 
 from typing import Any, ClassVar
 
+from lightning.pytorch import Callback
 from torch import Tensor
 from torchmetrics import Metric
 
 from lit_rlhf.algorithms.base import BackboneModule
 from lit_rlhf.backbone import Layout, supervised_layout
 from lit_rlhf.backbone.roles import HeadName
+from lit_rlhf.callbacks import SaveAtEpochEnd
 from lit_rlhf.data import InstructionData, PreferenceData
 from lit_rlhf.data.base import TextData
 from lit_rlhf.functional import cross_entropy, masked_mean, preference_loss
@@ -42,6 +44,10 @@ class SupervisedModule(BackboneModule):
         if self.data is not None and isinstance(data, TextData) and not isinstance(data, self.data):
             raise ValueError(f"{type(self).__name__} is trained on {self.data.__name__}, not on {type(data).__name__}")
         super().check_data(data, response_length)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Let checkpoints be saved after any step."""
+        return [*super().configure_callbacks(), SaveAtEpochEnd()]
 
     def make_layout(self) -> Layout:
         """Return one trunk, read by every head in one pass."""

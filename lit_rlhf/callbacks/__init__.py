@@ -1,6 +1,12 @@
 """Callbacks: phases, memory, guards, checkpoint files, signals, progress, sample tables, predictions."""
 
-from lit_rlhf.callbacks.checkpoints import AtomicCheckpointIO, CheckpointError, SafeCheckpoints, last_checkpoint
+from lit_rlhf.callbacks.checkpoints import (
+    AtomicCheckpointIO,
+    CheckpointError,
+    SafeCheckpoints,
+    SaveAtEpochEnd,
+    last_checkpoint,
+)
 from lit_rlhf.callbacks.guards import NonFiniteError, NumericalGuard, OnNonFinite
 from lit_rlhf.callbacks.memory import MemoryPhases
 from lit_rlhf.callbacks.offload import OffloadOptimizerState
@@ -24,6 +30,7 @@ __all__ = [
     "PredictionWriter",
     "SafeCheckpoints",
     "SampleTable",
+    "SaveAtEpochEnd",
     "StopAfterStep",
     "StopInIteration",
     "StopOnSigterm",

@@ -7,7 +7,7 @@ from typing import Any
 import fsspec
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lit_rlhf.checkpoint_files import CheckpointError, disk_error, load_file, sync_folder, why_not_written
@@ -96,37 +96,119 @@ class SafeCheckpoints(Callback):
         """Put the checkpoint IO in place.
 
         Raises:
-            ValueError: A ModelCheckpoint would save inside an RL iteration, or between the batches of one step.
+            ValueError: A ModelCheckpoint would save where a run cannot be resumed: inside an RL iteration or a step.
         """
         if stage == "fit":
-            for callback in trainer.checkpoint_callbacks:
-                if isinstance(callback, ModelCheckpoint):
-                    _check_when(callback, hasattr(pl_module, "rollout_buffer"), trainer.accumulate_grad_batches)
+            for callback in _model_checkpoints(trainer):
+                _check_when(callback, trainer.accumulate_grad_batches)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell each ModelCheckpoint that a resumed run's step is saved; Lightning lets it be saved a batch later."""
+        for callback in _model_checkpoints(trainer):
+            callback._last_global_step_saved = trainer.global_step
 
-def _check_when(callback: ModelCheckpoint, by_iteration: bool, accumulated: int) -> None:
-    if by_iteration and callback.save_on_exception:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse to save between the batches of one optimizer step.
+
+        Raises:
+            ValueError: A supervised stage is trained, and a step is under way; a checkpoint holds no gradients.
+        """
+        if hasattr(pl_module, "rollout_buffer"):  # saved at iterations' ends only, some of which cut a step short
+            return
+        if (trainer.training or trainer.validating) and trainer.fit_loop._should_accumulate():
+            raise ValueError(
+                f"a checkpoint would be saved between the {trainer.accumulate_grad_batches} batches of one optimizer "
+                "step (accumulate_grad_batches), whose gradients it does not hold. If validation saves it, let "
+                "val_check_interval be a multiple of them"
+            )
+
+
+class SaveAtEpochEnd(Checkpoint):
+    """Puts a checkpoint that is due by steps or by time at an epoch's last batch off to the end of the epoch.
+
+    From the state between the two Lightning resumes with the next epoch, without this one's validation, and counts
+    epochs wrongly when it is resumed a second time.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[tuple[ModelCheckpoint, float | None]] = []
+        self._due: list[ModelCheckpoint] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Hold back the checkpoints of the last batch: all hooks of its start come before those of its end."""
+        if not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+            return
+        for callback in _model_checkpoints(trainer):
+            callback._should_skip_saving_checkpoint = _always  # type: ignore[method-assign]
+            self._held.append((callback, callback._last_time_checked))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let go of them, and note which would have saved; this hook comes behind theirs."""
+        for callback, checked in self._held:
+            del callback._should_skip_saving_checkpoint
+            steps = callback._every_n_train_steps
+            if (steps and trainer.global_step % steps == 0) or callback._last_time_checked != checked:
+                self._due.append(callback)
+        self._held.clear()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, unless validation has done so or there is no metric to compare."""
+        for callback in self._due:
+            candidates = callback._monitor_candidates(trainer)
+            known = callback.monitor is None or callback.monitor in candidates
+            if known and not callback._should_skip_saving_checkpoint(trainer):
+                callback._save_topk_checkpoint(trainer, candidates)
+                callback._save_last_checkpoint(trainer, candidates)
+        self._due.clear()
+
+
+def _always(trainer: Trainer) -> bool:
+    return True
+
+
+def _model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+
+
+def _check_when(callback: ModelCheckpoint, accumulated: int) -> None:
+    if callback.save_on_exception:
         raise ValueError(
-            "ModelCheckpoint(save_on_exception=True) would save inside an RL iteration, where a run cannot be resumed. "
-            "Leave it out: the checkpoint of the last complete iteration is there already"
+            "ModelCheckpoint(save_on_exception=True) would save inside a step or an RL iteration, where a run cannot "
+            "be resumed exactly. Leave it out: SIGTERM saves what is complete, and every_n_train_steps (of supervised "
+            "stages) or every_n_epochs limit what another end can cost"
         )
-    if not by_iteration and accumulated > 1 and (callback.save_on_exception or callback._train_time_interval):
-        option = "save_on_exception" if callback.save_on_exception else "train_time_interval"
+    if callback._train_time_interval is not None and accumulated > 1:
         raise ValueError(
-            f"ModelCheckpoint({option}) may save between the {accumulated} batches of one optimizer step "
+            f"ModelCheckpoint(train_time_interval) may save between the {accumulated} batches of one optimizer step "
             "(accumulate_grad_batches), whose gradients a checkpoint does not hold. Use every_n_train_steps"
         )
 
 
 def last_checkpoint(trainer: Trainer) -> str | None:
-    """Return the newest checkpoint that this run wrote, or the one that it was resumed from; None without either."""
-    for callback in trainer.checkpoint_callbacks:
-        for name in ("_last_checkpoint_saved", "last_model_path", "best_model_path"):
-            path = str(getattr(callback, name, "") or "")
-            target = _local(path) if path else None
-            if path and (target is None or target.exists()):
-                return str(target or path)
-    resumed = getattr(trainer, "ckpt_path", None)
-    return str(_local(resumed) or resumed) if resumed else None
+    """Return the newest checkpoint to resume from: that this run wrote, or that it was itself resumed from.
+
+    Returns:
+        Its path; None without one.
+    """
+    callbacks = [callback for callback in _model_checkpoints(trainer) if not callback.save_weights_only]
+    # What a resumed run's callbacks remember as best or last may be older than what it was resumed from.
+    named = [callback._last_checkpoint_saved for callback in callbacks] + [getattr(trainer, "ckpt_path", None)]
+    remembered = [path for callback in callbacks for path in (callback.last_model_path, callback.best_model_path)]
+    for paths in (named, remembered):
+        if found := [path for path in map(_found, paths) if path]:
+            return max(found, key=_written)
+    return None
+
+
+def _found(path: str | Path | None) -> str | None:
+    target = _local(path) if path else None
+    return str(target or path) if path and (target is None or target.exists()) else None
+
+
+def _written(path: str) -> float:
+    target = _local(path)
+    return 0.0 if target is None else target.stat().st_mtime

@@ -89,19 +89,27 @@ class StopOnSigterm(PhaseListener, Checkpoint):
 
 
 class StopAfterStep(StopOnSigterm):
-    """Stops a supervised stage after the optimizer step that is under way, and saves it."""
+    """Stops a supervised stage after the optimizer step that is under way, and saves it.
+
+    Where validation or the epoch's end is due behind that step, it comes first, and the run stops after the step after.
+    """
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save and stop, but not inside an accumulated step, nor where the epoch's end saves anyway."""
+        """Save and stop, but not inside an accumulated step."""
         loop = trainer.fit_loop.epoch_loop
         if not self.is_told(trainer) or loop._should_accumulate() or loop._is_training_done:
+            return
+        fetcher = trainer.fit_loop._data_fetcher
+        if fetcher is not None and loop._should_check_val_fx(fetcher):
             return
         where = f"after step {trainer.global_step} in {place(trainer, pl_module)}"
         path = _path(trainer)
         if path is None:
-            self.stop(last_checkpoint(trainer), f"{where}, which is not saved: the run has no ModelCheckpoint")
+            where = f"{where}, which is not saved: the run has no ModelCheckpoint"
+            path = last_checkpoint(trainer)
+            self.stop(path, f"{where}; it was resumed from" if path else where)
         trainer.save_checkpoint(path)
         self.stop(path, f"{where}, which is saved in")
 
@@ -110,8 +118,8 @@ class StopInIteration(StopOnSigterm):
     """Stops an on-policy run before the next phase or minibatch, and abandons the iteration that is under way.
 
     Runs are resumed at iterations' ends only. Of an iteration that no ModelCheckpoint saves (``every_n_epochs`` above
-    1), the state at its end is kept in host memory until the next one ends: a copy of what is trained and of the
-    optimizer's state.
+    1), the state at its end is kept in host memory until the next one ends: what is trained and the optimizer's state.
+    That costs a copy an iteration, and where a checkpoint gathers shards (FSDP2 without folders, ZeRO-1) the gathering.
     """
 
     def __init__(self) -> None:
@@ -120,9 +128,16 @@ class StopInIteration(StopOnSigterm):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the iteration's end, unless it was just saved."""
+        self._kept = None  # before the next one is made
         callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-        saved = any(callback._last_global_step_saved == trainer.global_step for callback in callbacks)
-        self._kept = None if saved or not callbacks else _on_host(trainer._checkpoint_connector.dump_checkpoint(False))
+        whole = [c for c in callbacks if not c.save_weights_only]
+        if callbacks and all(c._last_global_step_saved != trainer.global_step for c in whole):
+            self._kept = _on_host(trainer._checkpoint_connector.dump_checkpoint(False))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the signal back, and the memory."""
+        super().on_train_end(trainer, pl_module)
+        self._kept = None
 
     def on_phase_start(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
         """Stop before generation, scoring and training; ranks may not validate in step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -275,6 +276,7 @@ class TextData(LightningDataModule, ABC, Generic[RecordT, ExampleT]):
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=_leave_sigterm_to_the_run,
             collate_fn=self.collate_fn(),
         )
 
@@ -297,3 +299,8 @@ class TextData(LightningDataModule, ABC, Generic[RecordT, ExampleT]):
 
     def _eval_batch_size(self) -> int:
         return self.batch_size
+
+
+def _leave_sigterm_to_the_run(worker: int) -> None:
+    """Schedulers signal every process; a worker that ended would take the run along, before it has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -25,11 +25,11 @@ class ResumableLoader(DataLoader[ExampleT]):
     _resumed: dict[str, int] | None = None
 
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch, how many of its batches were given out, and the examples of one, of all ranks."""
+        """Return the epoch, how many of its batches were given out, and what their order follows from."""
         order = self.sampler
         if not isinstance(order, LengthGroupedSampler):
             return {}
-        return {"epoch": order.epoch, "batches": self._batches, "examples": order.global_batch}
+        return {"epoch": order.epoch, "batches": self._batches, **order.origin()}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Have the next iteration, if it is over the saved epoch, begin behind the batches that were given out."""
@@ -39,7 +39,7 @@ class ResumableLoader(DataLoader[ExampleT]):
         """Yield the batches of the epoch that are left.
 
         Raises:
-            ValueError: The run was saved inside this epoch with batches of another size.
+            ValueError: The run was saved inside this epoch with other batches: data, batch size, ranks or seed changed.
         """
         order, self._batches = self.sampler, 0
         if isinstance(order, LengthGroupedSampler):
@@ -54,10 +54,10 @@ class ResumableLoader(DataLoader[ExampleT]):
         resumed, self._resumed = self._resumed, None
         if not resumed or resumed["epoch"] != order.epoch:
             return 0
-        if resumed["examples"] != order.global_batch:
-            raise ValueError(
-                f"cannot resume inside an epoch with {order.global_batch} examples a batch (batch_size times ranks), "
-                f"where the checkpoint's run had {resumed['examples']}. Set batch_size back, or resume from a "
-                "checkpoint of an epoch's end"
-            )
+        for name, now in order.origin().items():
+            if (before := resumed[name]) != now:
+                raise ValueError(
+                    f"cannot resume inside an epoch: {name.replace('_', ' ')} was {before} and is now {now}, so "
+                    "that its batches would be others. Set it back, or resume from a checkpoint of an epoch's end"
+                )
         return resumed["batches"]

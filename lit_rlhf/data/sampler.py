@@ -68,6 +68,15 @@ class LengthGroupedSampler(DistributedSampler[int]):
         ours = torch.cat([batches.flatten(), last])[self.rank :: self.num_replicas]
         return iter(ours[self.skip :].tolist())
 
+    def origin(self) -> dict[str, int]:
+        """Return all that the order of an epoch follows from, beside the lengths themselves."""
+        return {
+            "seed": self.seed,
+            "number_of_examples": len(self.lengths),
+            "examples_in_a_batch_of_all_ranks": self.global_batch,
+            "group_by_length": int(self.group),
+        }
+
     def _group(self, order: torch.Tensor) -> torch.Tensor:
         """Cut into global batches, shape (batches, global_batch), after sorting each megabatch if asked."""
         if self.group:

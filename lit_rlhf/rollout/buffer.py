@@ -155,7 +155,7 @@ class RolloutBuffer(Callback):
         for callback in trainer.checkpoint_callbacks:
             if not isinstance(callback, ModelCheckpoint):
                 continue
-            if callback._every_n_train_steps or callback._train_time_interval:
+            if callback._every_n_train_steps or callback._train_time_interval is not None:
                 raise ValueError(
                     "ModelCheckpoint saves by train steps or by time, which can fall inside an RL iteration, where a "
                     "run cannot be resumed exactly. Use every_n_epochs: one epoch is one iteration"

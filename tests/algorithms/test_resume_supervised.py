@@ -3,6 +3,8 @@
 import csv
 import os
 import signal
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -52,13 +54,14 @@ class SignalAtStep(L.Callback):
 
 
 def run(rows: str, folder: Path, kind: str = "HydraSFT", workers: int = 0, **kwargs: Any) -> L.Trainer:
-    L.seed_everything(3, verbose=False)
+    L.seed_everything(kwargs.pop("seed", 3), verbose=False)
     module_kind, data_kind = KINDS[kind]
     checkpoint = kwargs.pop("ckpt_path", None)
     batch_size = kwargs.pop("batch_size", 2)
-    data = data_kind(train=rows, validation_size=0, batch_size=batch_size, num_workers=workers)
+    size = kwargs.pop("validation_size", 0)
+    data = data_kind(train=rows, validation_size=size, batch_size=batch_size, num_workers=workers)
     module = module_kind(model=TINY, optimizer=adamw(1e-2), lora=LoraArgs(r=4))
-    trainer = make_trainer(folder, 2, **kwargs)
+    trainer = make_trainer(folder, kwargs.pop("epochs", 2), **kwargs)
     trainer.fit(module, data, ckpt_path=checkpoint)
     return trainer
 
@@ -79,7 +82,15 @@ def equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> boo
 
 @pytest.mark.parametrize(
     ("kind", "workers", "step", "accumulate"),
-    [("HydraSFT", 0, 3, 1), ("HydraSFT", 2, 7, 1), ("SFT", 0, 8, 1), ("DPO", 0, 2, 1), ("SFT", 0, 4, 2)],
+    [
+        ("HydraSFT", 0, 3, 1),
+        ("HydraSFT", 2, 7, 1),
+        ("SFT", 0, 8, 1),
+        ("DPO", 0, 2, 1),
+        ("SFT", 0, 4, 2),
+        ("SFT", 0, 5, 1),
+        ("SFT", 0, 3, 2),
+    ],
 )
 def test_a_checkpoint_inside_an_epoch_goes_on_with_the_same_numbers(
     kind: str, workers: int, step: int, accumulate: int, rows: str, tmp_path: Path
@@ -95,6 +106,57 @@ def test_a_checkpoint_inside_an_epoch_goes_on_with_the_same_numbers(
     expected, found = logged(tmp_path / "whole"), logged(tmp_path / "resumed")
     assert list(found) == list(expected)[step:]
     assert all(row == expected[key] for key, row in found.items())
+
+
+class Epochs(L.Callback):
+    """Counts the hooks around the epochs."""
+
+    def __init__(self) -> None:
+        self.hooks: list[str] = []
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.hooks.append(f"start {trainer.current_epoch}")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.hooks.append(f"validated {trainer.current_epoch}")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.hooks.append(f"end {trainer.current_epoch}")
+
+
+WHEN: dict[str, dict[str, Any]] = {
+    "steps": {"every_n_train_steps": 1},
+    "time": {"train_time_interval": timedelta(0)},
+    "best steps": {"every_n_train_steps": 1, "monitor": "val/loss"},
+    "epochs": {},
+    "validations": {"save_on_train_epoch_end": False},
+}
+
+
+@pytest.mark.parametrize("when", WHEN)
+def test_a_run_that_is_resumed_twice_has_the_epochs_of_one_that_is_not(when: str, rows: str, tmp_path: Path) -> None:
+    def start(name: str, **kwargs: Any) -> tuple[L.Trainer, list[str]]:
+        every = ModelCheckpoint(tmp_path / name, filename="{step}", save_top_k=-1, **WHEN[when])
+        epochs = Epochs()
+        options = {"epochs": 3, "validation_size": 1, "limit_val_batches": 1.0, "callbacks": [epochs, every]}
+        return run(rows, tmp_path / name, "SFT", **options, **kwargs), epochs.hooks
+
+    whole, hooks = start("whole")
+    assert [hook for hook in hooks if hook.startswith("end")] == ["end 0", "end 1", "end 2"]
+    # There is no metric to compare before the first validation.
+    ends = [4, 8, 12] if when in ("epochs", "validations") else [*range(4 if "best" in when else 1, 13)]
+    assert sorted(int(file.stem[5:]) for file in (tmp_path / "whole").glob("*.ckpt")) == ends
+    for first, second in ((4, 8), (4, 10), (3, 8)):
+        if not {first, second} <= set(ends):
+            continue
+        name = f"{first} {second}"
+        start(f"{name} once", ckpt_path=tmp_path / "whole" / f"step={first}.ckpt")
+        twice, left = start(f"{name} twice", ckpt_path=tmp_path / f"{name} once" / f"step={second}.ckpt")
+        assert (twice.global_step, twice.current_epoch) == (whole.global_step, whole.current_epoch)
+        assert equal(weights(whole), weights(twice))
+        # Saved by a validation, the epoch ends after resuming; inside an epoch it was begun before.
+        done = hooks.index("start 2") if second == 8 else hooks.index("start 2") + 1
+        assert left == hooks[done - (when == "validations") :]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -122,7 +184,9 @@ def test_another_batch_size_is_refused_inside_an_epoch_only(rows: str, tmp_path:
     ]
     run(rows, tmp_path / "whole", callbacks=callbacks)
     assert run(rows, tmp_path / "other", batch_size=3, ckpt_path=tmp_path / "epoch=0.ckpt").global_step == 5 + 3
-    with pytest.raises(ValueError, match=r"cannot resume inside an epoch with 3 examples a batch .* run had 2\. Set"):
+    with pytest.raises(
+        ValueError, match=r"inside an epoch: examples in a batch of all ranks was 2 and is now 3, .* Set"
+    ):
         run(rows, tmp_path / "refused", batch_size=3, ckpt_path=tmp_path / "step=9.ckpt")
 
 
@@ -165,13 +229,94 @@ def test_sigterm_in_a_run_without_checkpoints_saves_nothing(
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-@pytest.mark.parametrize("arguments", [{"save_on_exception": True}, {"train_time_interval": timedelta(seconds=1)}])
-def test_checkpoints_inside_an_accumulated_step_are_refused(
-    arguments: dict[str, Any], rows: str, tmp_path: Path
-) -> None:
-    run(rows, tmp_path / "run", callbacks=[ModelCheckpoint(tmp_path, **arguments)])
-    with pytest.raises(ValueError, match=rf"ModelCheckpoint\({next(iter(arguments))}\) may save between the 2 batches"):
-        run(rows, tmp_path / "run", callbacks=[ModelCheckpoint(tmp_path, **arguments)], accumulate_grad_batches=2)
+def test_checkpoints_inside_a_step_are_refused(rows: str, tmp_path: Path) -> None:
+    def start(accumulate: int, **when: Any) -> None:
+        options = {key: when.pop(key) for key in ("val_check_interval",) if key in when}
+        callbacks = [ModelCheckpoint(tmp_path, **when)]
+        run(
+            rows, tmp_path / "run", callbacks=callbacks, accumulate_grad_batches=accumulate,
+            validation_size=1, limit_val_batches=1.0, **options,
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match=r"save_on_exception=True\) would save inside a step"):
+        start(1, save_on_exception=True)
+    start(1, train_time_interval=timedelta(0))
+    with pytest.raises(ValueError, match=r"train_time_interval\) may save between the 2 batches"):
+        start(2, train_time_interval=timedelta(0))
+    start(2, val_check_interval=2, save_on_train_epoch_end=False)
+    with pytest.raises(ValueError, match=r"between the 2 batches of one optimizer step .* let val_check_interval be"):
+        start(2, val_check_interval=3, save_on_train_epoch_end=False)
+
+
+def test_what_a_run_was_resumed_from_is_not_saved_again_inside_the_next_step(rows: str, tmp_path: Path) -> None:
+    def start(name: str, **kwargs: Any) -> L.Trainer:
+        steps = ModelCheckpoint(tmp_path / name, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        return run(rows, tmp_path / name, callbacks=[steps], accumulate_grad_batches=2, **kwargs)
+
+    whole = start("whole")
+    resumed = start("resumed", ckpt_path=tmp_path / "whole" / "step=1.ckpt")
+    assert equal(weights(whole), weights(resumed))
+    assert sorted(int(file.stem[5:]) for file in (tmp_path / "resumed").glob("*.ckpt")) == [2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("changed", ["rows", "seed"])
+def test_other_batches_are_refused_inside_an_epoch(changed: str, rows: str, tmp_path: Path) -> None:
+    steps = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    run(rows, tmp_path / "whole", callbacks=[steps])
+    fewer = write_jsonl(tmp_path / "fewer.jsonl", ROWS[:7])
+    with pytest.raises(ValueError, match=r"resume inside an epoch: (seed was 3 .* 4|number of examples was 9 .* 7)"):
+        run(
+            fewer if changed == "rows" else rows, tmp_path / "other", seed=4 if changed == "seed" else 3,
+            ckpt_path=tmp_path / "step=3.ckpt",
+        )  # fmt: skip
+
+
+def test_sigterm_lets_the_validation_that_is_due_come_first(rows: str, tmp_path: Path) -> None:
+    def start(name: str, *callbacks: L.Callback, **kwargs: Any) -> tuple[L.Trainer, list[str]]:
+        epochs, last = Epochs(), ModelCheckpoint(tmp_path / name, filename="last")
+        options: dict[str, Any] = {"validation_size": 1, "limit_val_batches": 1.0, "val_check_interval": 2}
+        trainer = run(rows, tmp_path / name, callbacks=[epochs, *callbacks, last], **options, **kwargs)
+        return trainer, epochs.hooks
+
+    whole, hooks = start("whole")
+    with pytest.raises(SIGTERMException) as stop:
+        start("stopped", SignalAtStep(2))
+    assert torch.load(stop.value.checkpoint, weights_only=True)["global_step"] == 3
+    resumed, left = start("resumed", ckpt_path=stop.value.checkpoint)
+    assert equal(weights(whole), weights(resumed))
+    assert hooks == ["start 0", "validated 0", *left]
+
+
+WORKERS = """
+import os, sys, time
+sys.path[:0] = sys.argv[1:3]
+from test_resume_supervised import *
+class Wait(L.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2:
+            print("ready", flush=True)
+            time.sleep(3)
+if __name__ == "__main__":
+    folder = Path(sys.argv[4])
+    checkpoints = ModelCheckpoint(folder, filename="last", enable_version_counter=False)
+    run(sys.argv[3], folder, workers=2, callbacks=[Wait(), checkpoints])
+"""
+
+
+def test_sigterm_to_every_process_leaves_the_workers_to_the_run(rows: str, tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text(WORKERS)
+    here = Path(__file__).parent
+    command = [sys.executable, str(tmp_path / "run.py"), str(here), str(here.parent), rows, str(tmp_path / "run")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    assert any(line.startswith("ready") for line in process.stdout)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 143, error
+    assert "stopped by SIGTERM after step 3 in epoch 1 of 2, which is saved in" in error
+    assert torch.load(tmp_path / "run" / "sigterm.ckpt", weights_only=True)["global_step"] == 3
 
 
 def test_overfit_batches_takes_a_plain_loader(rows: str, tmp_path: Path) -> None:

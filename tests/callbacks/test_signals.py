@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,49 @@ def rows_of(folder: Path) -> dict[int, dict[str, str]]:
     with (folder / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["train/loss"]]
     return {int(r["epoch"]): {k: v for k, v in r.items() if not k.startswith("time/")} for r in rows}
+
+
+def test_a_second_signal_names_what_the_first_one_saved(prompts: PromptData, tmp_path: Path) -> None:
+    def stop(iteration: int, **kwargs: Any) -> str:
+        rare = ModelCheckpoint(tmp_path, filename="{epoch}", every_n_epochs=2, save_top_k=-1)
+        trainer = make_trainer(tmp_path, 5, callbacks=[SignalInIteration(iteration), rare])
+        with pytest.raises(SIGTERMException) as stopped:
+            trainer.fit(make_ppo(), prompts, **kwargs)
+        return str(stopped.value.checkpoint)  # type: ignore[attr-defined]
+
+    first = stop(3)
+    assert Path(first).name == "sigterm.ckpt"
+    assert torch.load(first, weights_only=True)["epoch"] == 2
+    assert stop(3, ckpt_path=first) == first  # and not epoch=1.ckpt, which the callback remembers
+
+
+def test_a_file_of_weights_alone_saves_no_iteration(prompts: PromptData, tmp_path: Path) -> None:
+    weights = ModelCheckpoint(tmp_path, filename="{epoch}", save_weights_only=True)
+    trainer = make_trainer(tmp_path, 3, callbacks=[SignalInIteration(2), weights])
+    with pytest.raises(SIGTERMException) as stop:
+        trainer.fit(make_ppo(), prompts)
+    assert Path(stop.value.checkpoint).name == "sigterm.ckpt"
+    make_trainer(tmp_path / "resumed", 3).fit(make_ppo(), prompts, ckpt_path=stop.value.checkpoint)
+
+
+def test_one_copy_of_the_state_is_kept_at_a_time_and_none_after_the_run(prompts: PromptData, tmp_path: Path) -> None:
+    alive: list[int] = []
+    kept: list[weakref.ref[torch.Tensor]] = []
+
+    class Look(L.Callback):
+        def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+            alive.append(sum(ref() is not None for ref in kept))
+
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            callback = next(c for c in trainer.callbacks if isinstance(c, StopInIteration))
+            if callback._kept is not None:
+                kept.append(weakref.ref(next(iter(callback._kept["state_dict"].values()))))
+
+    rare = ModelCheckpoint(tmp_path, every_n_epochs=9)
+    make_trainer(tmp_path, 4, callbacks=[Look(), rare]).fit(make_ppo(), prompts)
+    assert alive == [0, 0, 0, 0]
+    assert len(kept) == 3
+    assert all(ref() is None for ref in kept)
 
 
 def test_runs_that_keep_no_checkpoints_keep_no_copy_of_their_state(prompts: PromptData, tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ def load_file(file: Path, map_location: Any = "cpu", weights_only: bool = True, 
         CheckpointError: There is no such file, it is torn or of another kind, or reading it could run code.
     """
     if not file.is_file():
+        if (file / ".metadata").is_file():
+            raise CheckpointError(f"checkpoint {file} is a folder of shards; only strategy fsdp2 resumes it")
         kind = "is a folder" if file.is_dir() else "does not exist"
         raise CheckpointError(f"checkpoint {file} {kind}; give the .ckpt file that an earlier run wrote")
     content = load_plain(file, map_location, weights_only, mmap)

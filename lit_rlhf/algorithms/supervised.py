@@ -42,7 +42,10 @@ class SupervisedModule(BackboneModule):
             ValueError: The data module gives other batches than :meth:`losses` reads.
         """
         if self.data is not None and isinstance(data, TextData) and not isinstance(data, self.data):
-            raise ValueError(f"{type(self).__name__} is trained on {self.data.__name__}, not on {type(data).__name__}")
+            raise ValueError(
+                f"{type(self).__name__} is trained on {self.data.__name__}, not on {type(data).__name__}; "
+                f"set data to it (--data {self.data.__name__})"
+            )
         super().check_data(data, response_length)
 
     def configure_callbacks(self) -> list[Callback]:

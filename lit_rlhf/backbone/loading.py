@@ -64,7 +64,8 @@ def resolve_source(name: str) -> ModelSource:
         rest = name.removeprefix("random:")
         folder = ASSETS / rest if rest == "tiny" else Path(rest).expanduser()
         if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"model {name!r}: {folder} holds no config.json")
+            what = "holds no config.json" if folder.is_dir() else "is no folder"
+            raise FileNotFoundError(f"model {name!r}: {folder} {what}; random:tiny ships with lit_rlhf")
         return ModelSource(str(folder), random=True)
     if name.startswith("package:"):
         return _packaged_source(name)

@@ -122,7 +122,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if file.is_dir():
         raise ValueError(
             f"checkpoint {file} is a folder of shards, as FSDP2 writes them; give the strategy "
-            "save_distributed_checkpoint: false, and resume once, to get one file"
+            "save_distributed_checkpoint: false and resume for one more epoch (trainer.max_epochs), to get one file"
         )
     content = load_file(file, mmap=True)
     record = content.get(RECORD_KEY)
@@ -269,9 +269,12 @@ def check_artefacts(spec: BackboneSpec, layout: Layout) -> None:
     if "reward" in layout.roles and "reward" not in layout.trained_heads:
         path = spec.checkpoint_of("reward")
         if path is None or stages[path].head_state("reward") is None:
+            where = layout.roles["reward"]
+            alone = where.adapter is None and layout.trunks[where.trunk].artefact == "policy"
             raise ValueError(
-                "the reward role needs a trained reward head: give policy_checkpoint a Hydra-SFT checkpoint "
-                "or reward_checkpoint a reward-model checkpoint, or set `reward` to a reward function instead"
+                "the reward role needs a trained reward head: give policy_checkpoint a Hydra-SFT checkpoint"
+                + (", " if alone else ", or reward_checkpoint a reward-model checkpoint, ")
+                + "or set `reward` to a reward function instead"
             )
         _check_reward_trunk(spec, layout, stages[path])
     if layout.loaded_adapters:

@@ -128,6 +128,8 @@ class SafeCheckpoints(Callback):
 class SaveAtEpochEnd(Checkpoint):
     """Puts a checkpoint that is due by steps or by time at an epoch's last batch off to the end of the epoch.
 
+    The end of the run is saved by those too, whatever its step, since later stages read it.
+
     From the state between the two Lightning resumes with the next epoch, without this one's validation, and counts
     epochs wrongly when it is resumed a second time.
     """
@@ -157,6 +159,10 @@ class SaveAtEpochEnd(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, unless validation has done so or there is no metric to compare."""
+        ended = trainer.current_epoch + 1 == trainer.max_epochs or trainer.global_step == trainer.max_steps
+        if ended or trainer.should_stop:
+            every = _model_checkpoints(trainer)
+            self._due = [c for c in every if c._every_n_train_steps or c._train_time_interval is not None]
         for callback in self._due:
             candidates = callback._monitor_candidates(trainer)
             known = callback.monitor is None or callback.monitor in candidates

@@ -110,6 +110,7 @@ class StopAfterStep(StopOnSigterm):
             where = f"{where}, which is not saved: the run has no ModelCheckpoint"
             path = last_checkpoint(trainer)
             self.stop(path, f"{where}; it was resumed from" if path else where)
+        trainer._logger_connector.update_train_step_metrics()  # Lightning's turn would come behind this hook
         trainer.save_checkpoint(path)
         self.stop(path, f"{where}, which is saved in")
 

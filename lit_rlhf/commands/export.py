@@ -4,6 +4,15 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
+CARD = """---
+library_name: peft
+---
+LoRA adapter of the role `{role}`, trained with lit_rlhf on the base model `{model}`.
+
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(base_model, "this folder")
+"""
+
 
 def export(
     checkpoint: str,
@@ -29,7 +38,7 @@ def export(
 
     target = Path(out)
     if target.exists():
-        raise FileExistsError(f"{target} exists already; choose another --out, or remove it")
+        raise FileExistsError(f"{target} exists already; choose another folder, or remove it")
     stage = StageCheckpoint.read(checkpoint)
     tokenizer = load_tokenizer(stage.spec.tokenizer or stage.spec.model)
     found = stage.role_model(role)
@@ -41,6 +50,8 @@ def export(
             adapter = found.as_peft()
             adapter.peft_config["default"].base_model_name_or_path = stage.spec.model
             adapter.save_pretrained(str(partial))
+            # PEFT's card is an empty form that names the base model's folder on this machine.
+            (partial / "README.md").write_text(CARD.format(model=stage.spec.model, role=role), encoding="utf-8")
         else:
             model = found.merged()
             if model.generation_config is None:

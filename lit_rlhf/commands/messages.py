@@ -23,6 +23,7 @@ WRONG_VALUE = (
     "has no attribute",
     "does not correspond to a subclass",
     "expected a number",
+    "takes no options",
 )
 
 
@@ -56,8 +57,12 @@ def _reworded(line: str) -> str:
     line = re.sub(r"Type (typing|collections)\S.* expects a function or a callable class: ", "", line)
     if found := re.search(r"Expected a dot import path string: (.+)$", line):
         name = found[1]
-        from lightning.pytorch import callbacks, loggers  # light commands do without Lightning until they err
+        from lightning.pytorch import callbacks, loggers
+        from lightning.pytorch.strategies import StrategyRegistry  # light commands do without Lightning until they err
 
+        if name in StrategyRegistry:
+            kind = StrategyRegistry[name]["strategy"].__name__
+            return f"{line[: found.start()]}{name!r} takes no options; put --trainer.strategy {kind} before them"
         near = difflib.get_close_matches(name, [*lit_rlhf.__all__, *callbacks.__all__, *loggers.__all__], 1)
         hint = f"did you mean {near[0]}?" if near else f"give its import path, such as my_module.{name}"
         return f"{line[: found.start()]}no class is called {name!r}; {hint}"

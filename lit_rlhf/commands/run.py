@@ -17,6 +17,8 @@ def silence_warnings() -> None:
         ".*treespec.*",
         ".*is_gradient_checkpointing.*",
         ".*args parameter is intended.*",
+        ".*Checkpoint directory .* exists and is not empty.*",  # a run's last.ckpt is replaced when the next is whole
+        ".*Could not find a config file in.*",  # of a base model that is no folder
         r".*recommended to use `self.log\('(rollout|train|time|val)/.*sync_dist=True.*",  # these are means already
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -53,6 +55,7 @@ def run(function: Callable[..., Any], argv: list[str], name: str) -> None:
 
     parser = Parser(prog=f"lit-rlhf {name}", description=(function.__doc__ or "").split("\n")[0])
     parser.add_function_arguments(function, as_positional=True)
+    silence_warnings()
     arguments = parser.parse_args(spell_out_flags(function, argv))
     try:
         function(**arguments.as_dict())

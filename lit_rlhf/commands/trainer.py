@@ -187,7 +187,7 @@ def run_cli(args: list[str] | None) -> None:
         seed_everything_default=0,
         save_config_callback=ConfigToLoggers,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "lit-rlhf"},
+        parser_kwargs={"prog": "lit-rlhf", "allow_abbrev": False},
         parser_class=Parser,
         args=args,
     )

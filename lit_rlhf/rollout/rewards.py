@@ -94,8 +94,10 @@ class FunctionReward(Reward):
             raise
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
+            columns = "unexpected keyword argument" in str(error) and any(repr(c) in str(error) for c in batch.columns)
+            hint = "; it gets the data's columns as keyword arguments, so let it take **columns " if columns else " "
             raise RewardError(
-                f"reward function {name} raised {type(error).__name__}: {error} "
+                f"reward function {name} raised {type(error).__name__}: {error}{hint}"
                 f"({frame.filename}, line {frame.lineno}) {_first_of(batch)}"
             ) from error
         if len(values) != len(batch.responses):

@@ -155,6 +155,13 @@ TYPOS = [
         "a class of another kind", "--model.kl=lit_rlhf.RoleReward", "does not correspond to a subclass of KLController"
     ),
     typo("unknown optimizer setting", "--model.optimizer.learning_rate=1", "learning_rate"),
+    typo("shortened option", "--trainer.max_epoch=3", "unrecognized arguments: --trainer.max_epoch"),
+    Bad(
+        "option of a strategy's short name",
+        ("--trainer.strategy=fsdp2", "--trainer.strategy.save_distributed_checkpoint=true"),
+        "trainer.strategy: 'fsdp2' takes no options; put --trainer.strategy FSDP2Strategy before them",
+        status=2,
+    ),
     typo("learning rate in words", "--model.optimizer.lr=fast", "optimizer: lr: expected a number, not 'fast'"),
     typo("missing reward module", "--model.reward.function=no_module.rate", "no_module"),
     typo("missing reward function", "--model.reward.function=my_rewards.ratte", "ratte"),
@@ -338,7 +345,7 @@ DATA = [
 
 MODELS = [
     model("missing folder", None, "model './none': not a model folder", "./none"),
-    model("missing random folder", None, "holds no config.json", "random:none"),
+    model("missing random folder", None, "none is no folder; random:tiny ships", "random:none"),
     model("missing package", None, "package no_such_package is not installed", "package:no_such_package"),
     model("package without a model", None, "holds no .gguf file", "package:yaml"),
     model("missing GGUF file", None, "no such GGUF file", "none.gguf"),
@@ -369,7 +376,12 @@ MODELS = [
 
 CHECKPOINTS = [
     checkpoint("missing", "none.ckpt", "none.ckpt does not exist"),
-    checkpoint("folder", "folder", "is a folder", files={"folder": lambda p: p.mkdir(exist_ok=True)}),
+    checkpoint(
+        "folder",
+        "folder",
+        "is torn or no checkpoint: .metadata is missing",
+        files={"folder": lambda p: p.mkdir(exist_ok=True)},
+    ),
     checkpoint("empty", "empty.ckpt", "is empty", files={"empty.ckpt": b""}),
     checkpoint("torn", "torn.ckpt", "torn", files={"torn.ckpt": b"PK\x03\x04 torn"}),
     checkpoint("text", "text.ckpt", "torn", files={"text.ckpt": "version https://git-lfs"}),

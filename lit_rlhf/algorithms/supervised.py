@@ -50,7 +50,7 @@ class SupervisedModule(BackboneModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Let checkpoints be saved after any step."""
-        return [*super().configure_callbacks(), SaveAtEpochEnd()]
+        return [SaveAtEpochEnd(), *super().configure_callbacks()]
 
     def make_layout(self) -> Layout:
         """Return one trunk, read by every head in one pass."""

@@ -99,14 +99,14 @@ class SafeCheckpoints(Callback):
             ValueError: A ModelCheckpoint would save where a run cannot be resumed: inside an RL iteration or a step.
         """
         if stage == "fit":
-            for callback in _model_checkpoints(trainer):
+            for callback in model_checkpoints(trainer):
                 _check_when(callback, trainer.accumulate_grad_batches)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell each ModelCheckpoint that a resumed run's step is saved; Lightning lets it be saved a batch later."""
-        for callback in _model_checkpoints(trainer):
+        for callback in model_checkpoints(trainer):
             callback._last_global_step_saved = trainer.global_step
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -142,7 +142,7 @@ class SaveAtEpochEnd(Checkpoint):
         """Hold back the checkpoints of the last batch: all hooks of its start come before those of its end."""
         if not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
             return
-        for callback in _model_checkpoints(trainer):
+        for callback in model_checkpoints(trainer):
             callback._should_skip_saving_checkpoint = _always  # type: ignore[method-assign]
             self._held.append((callback, callback._last_time_checked))
 
@@ -159,9 +159,8 @@ class SaveAtEpochEnd(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, unless validation has done so or there is no metric to compare."""
-        ended = trainer.current_epoch + 1 == trainer.max_epochs or trainer.global_step == trainer.max_steps
-        if ended or trainer.should_stop:
-            every = _model_checkpoints(trainer)
+        if is_last_epoch(trainer):
+            every = model_checkpoints(trainer)
             self._due = [c for c in every if c._every_n_train_steps or c._train_time_interval is not None]
         for callback in self._due:
             candidates = callback._monitor_candidates(trainer)
@@ -172,11 +171,24 @@ class SaveAtEpochEnd(Checkpoint):
         self._due.clear()
 
 
+def is_last_epoch(trainer: Trainer) -> bool:
+    """Return at an epoch's end whether the run ends with it."""
+    limits = trainer.current_epoch + 1 == trainer.max_epochs, trainer.global_step == trainer.max_steps
+    return any(limits) or trainer.should_stop
+
+
+def is_saved(trainer: Trainer) -> bool:
+    """Return whether a checkpoint that can be resumed holds the current step."""
+    saved = [c._last_global_step_saved for c in model_checkpoints(trainer) if not c.save_weights_only]
+    return trainer.global_step in saved
+
+
 def _always(trainer: Trainer) -> bool:
     return True
 
 
-def _model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
+def model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
+    """Return the run's ModelCheckpoints; other callbacks of that base do not write by themselves."""
     return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
 
 
@@ -200,7 +212,7 @@ def last_checkpoint(trainer: Trainer) -> str | None:
     Returns:
         Its path; None without one.
     """
-    callbacks = [callback for callback in _model_checkpoints(trainer) if not callback.save_weights_only]
+    callbacks = [callback for callback in model_checkpoints(trainer) if not callback.save_weights_only]
     # What a resumed run's callbacks remember as best or last may be older than what it was resumed from.
     named = [callback._last_checkpoint_saved for callback in callbacks] + [getattr(trainer, "ckpt_path", None)]
     remembered = [path for callback in callbacks for path in (callback.last_model_path, callback.best_model_path)]

@@ -8,13 +8,13 @@ from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from lit_rlhf.callbacks.checkpoints import last_checkpoint
+from lit_rlhf.callbacks.checkpoints import is_last_epoch, is_saved, last_checkpoint, model_checkpoints
 from lit_rlhf.callbacks.guards import place
 from lit_rlhf.callbacks.phases import PhaseListener
 
@@ -91,28 +91,50 @@ class StopOnSigterm(PhaseListener, Checkpoint):
 class StopAfterStep(StopOnSigterm):
     """Stops a supervised stage after the optimizer step that is under way, and saves it.
 
-    Where validation or the epoch's end is due behind that step, it comes first, and the run stops after the step after.
+    Validation that is due behind it comes first, and the run stops after one step more; at the end of an epoch it
+    stops behind validation, and with what a ModelCheckpoint has just saved, if one has.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._put_off = False
+        self._ended: tuple[str | None, str] | None = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save and stop, but not inside an accumulated step."""
-        loop = trainer.fit_loop.epoch_loop
+        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
         if not self.is_told(trainer) or loop._should_accumulate() or loop._is_training_done:
             return
-        fetcher = trainer.fit_loop._data_fetcher
-        if fetcher is not None and loop._should_check_val_fx(fetcher):
+        if fetcher is not None and loop._should_check_val_fx(fetcher) and not self._put_off:
+            self._put_off = True
             return
+        trainer._logger_connector.update_train_step_metrics()  # Lightning's turn would come behind this hook
+        self.stop(*self._saved(trainer, pl_module))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save."""
+        if not is_last_epoch(trainer) and self.is_told(trainer):
+            self._ended = self._saved(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop, now that the epoch before has logged its metrics."""
+        if self._ended is not None:
+            ended, self._ended = self._ended, None
+            self.stop(*ended)
+
+    def _saved(self, trainer: Trainer, pl_module: LightningModule) -> tuple[str | None, str]:
+        """Save what is not saved yet; return the arguments of :meth:`stop`."""
         where = f"after step {trainer.global_step} in {place(trainer, pl_module)}"
-        path = _path(trainer)
+        path = last_checkpoint(trainer) if is_saved(trainer) else _path(trainer)
         if path is None:
             where = f"{where}, which is not saved: the run has no ModelCheckpoint"
             path = last_checkpoint(trainer)
-            self.stop(path, f"{where}; it was resumed from" if path else where)
-        trainer._logger_connector.update_train_step_metrics()  # Lightning's turn would come behind this hook
-        trainer.save_checkpoint(path)
-        self.stop(path, f"{where}, which is saved in")
+            return path, f"{where}; it was resumed from" if path else where
+        if not is_saved(trainer):
+            trainer.save_checkpoint(path)
+        return path, f"{where}, which is saved in"
 
 
 class StopInIteration(StopOnSigterm):
@@ -130,9 +152,7 @@ class StopInIteration(StopOnSigterm):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the iteration's end, unless it was just saved."""
         self._kept = None  # before the next one is made
-        callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-        whole = [c for c in callbacks if not c.save_weights_only]
-        if callbacks and all(c._last_global_step_saved != trainer.global_step for c in whole):
+        if model_checkpoints(trainer) and not is_saved(trainer):
             self._kept = _on_host(trainer._checkpoint_connector.dump_checkpoint(False))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -164,7 +184,7 @@ class StopInIteration(StopOnSigterm):
 
 def _path(trainer: Trainer) -> str | None:
     """Return where to save: beside the files of the first ModelCheckpoint."""
-    folders = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+    folders = [callback.dirpath for callback in model_checkpoints(trainer) if callback.dirpath]
     return f"{folders[0]}/{FILE_NAME}" if folders else None
 
 

@@ -203,9 +203,9 @@ def test_sigterm_saves_the_step_that_is_under_way(
         run(rows, tmp_path / "stopped", callbacks=[watch, checkpoints], **options)
     assert stop.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == before
-    # The last step of an epoch is left to the checkpoint of its end.
-    saved, path = step if step != 5 else 6, tmp_path / "stopped" / "sigterm.ckpt"
-    assert f"stopped by SIGTERM after step {saved} in epoch {1 + (step > 4)} of 2, which is saved in {path}" in (
+    # At an epoch's end the run's own checkpoint serves.
+    saved, path = step, tmp_path / "stopped" / ("last.ckpt" if step == 5 else "sigterm.ckpt")
+    assert f"stopped by SIGTERM after step {saved} in epoch {1 + (step > 5)} of 2, which is saved in {path}" in (
         capsys.readouterr().err
     )
     assert stop.value.checkpoint == str(path)
@@ -217,6 +217,31 @@ def test_sigterm_saves_the_step_that_is_under_way(
     expected, found = logged(tmp_path / "whole"), logged(tmp_path / "resumed")
     assert list(found) == list(expected)[saved:]
     assert logged(tmp_path / "stopped") | found == expected
+
+
+@pytest.mark.parametrize("saves", ["every epoch", "seldom"])
+def test_sigterm_stops_a_run_whose_every_step_ends_an_epoch(saves: str, rows: str, tmp_path: Path) -> None:
+    def start(name: str, *callbacks: L.Callback, **kwargs: Any) -> L.Trainer:
+        last = ModelCheckpoint(tmp_path / name, filename="last", every_n_epochs=1 if saves == "every epoch" else 9)
+        return run(rows, tmp_path / name, callbacks=[*callbacks, last], epochs=4, batch_size=9, **kwargs)
+
+    whole = start("whole")
+    with pytest.raises(SIGTERMException) as stop:
+        start("stopped", SignalAtStep(2))
+    path = Path(stop.value.checkpoint)
+    assert path.name == ("last.ckpt" if saves == "every epoch" else "sigterm.ckpt")
+    assert torch.load(path, weights_only=True)["global_step"] == 2
+    resumed = start("resumed", ckpt_path=path)
+    assert equal(weights(whole), weights(resumed))
+    assert logged(tmp_path / "stopped") | logged(tmp_path / "resumed") == logged(tmp_path / "whole")
+
+
+def test_sigterm_stops_a_run_that_validates_after_every_step(rows: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"validation_size": 1, "limit_val_batches": 1.0, "val_check_interval": 1}
+    last = ModelCheckpoint(tmp_path, filename="last", every_n_epochs=9)
+    with pytest.raises(SIGTERMException) as stop:
+        run(rows, tmp_path, callbacks=[SignalAtStep(1), last], **options)
+    assert torch.load(stop.value.checkpoint, weights_only=True)["global_step"] == 2
 
 
 def test_sigterm_in_a_run_without_checkpoints_saves_nothing(

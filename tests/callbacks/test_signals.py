@@ -378,7 +378,7 @@ if trainer.is_global_zero:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "strategy"), [("HydraSFT", "ddp"), ("PPO", "fsdp2"), ("PPO", "fsdp2_folder")])
+@pytest.mark.parametrize(("kind", "strategy"), [("HydraSFT", "ddp"), ("PPO", "fsdp2_folder")])
 def test_two_ranks_save_at_sigterm_what_no_checkpoint_holds(
     kind: str, strategy: str, data_folder: Path, tmp_path: Path
 ) -> None:

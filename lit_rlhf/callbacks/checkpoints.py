@@ -128,10 +128,9 @@ class SafeCheckpoints(Callback):
 class SaveAtEpochEnd(Checkpoint):
     """Puts a checkpoint that is due by steps or by time at an epoch's last batch off to the end of the epoch.
 
-    The end of the run is saved by those too, whatever its step, since later stages read it.
-
-    From the state between the two Lightning resumes with the next epoch, without this one's validation, and counts
-    epochs wrongly when it is resumed a second time.
+    Resumed from the last batch, Lightning goes on with the next epoch, leaves out this one's validation, and counts
+    epochs wrongly when that run is resumed again. The end of a run is saved as if it were due, since later stages read
+    it.
     """
 
     def __init__(self) -> None:

@@ -44,7 +44,7 @@ def metrics(path: Path) -> dict[int, dict[str, str]]:
     return {int(r["epoch"]): {k: v for k, v in r.items() if not k.startswith("time/")} for r in rows}
 
 
-@pytest.mark.parametrize("layout", ["hydra", "full"])
+@pytest.mark.parametrize("layout", ["hydra", pytest.param("full", marks=pytest.mark.slow)])
 def test_sigkill_in_iteration_3_then_resume_repeats_every_number(
     layout: str, data_folder: Path, hydra_checkpoint: Path, tmp_path: Path
 ) -> None:

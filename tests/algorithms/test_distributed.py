@@ -81,7 +81,7 @@ with quantization_device() if quantization else nullcontext():
 
 CASES = [
     ("PPO", "hydra", 1),
-    ("ReMax", "hydra", 2),
+    pytest.param("ReMax", "hydra", 2, marks=pytest.mark.slow),
     pytest.param("PPO", "full", 1, marks=pytest.mark.slow),
     pytest.param("PPO", "j_hydra", 2, marks=pytest.mark.slow),
     pytest.param("GRPO", "hydra", 1, marks=pytest.mark.slow),

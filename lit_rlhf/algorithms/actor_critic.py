@@ -8,7 +8,6 @@ from torch.optim import Optimizer
 
 from lit_rlhf.algorithms.on_policy import OnPolicyModule
 from lit_rlhf.algorithms.ranges import out_of_range
-from lit_rlhf.backbone import is_sharded
 from lit_rlhf.functional import clipped_value_loss, explained_variance, finish_moments, moments
 from lit_rlhf.rollout import Experience
 
@@ -96,7 +95,7 @@ class ActorCriticModule(OnPolicyModule):
         """
         scaler = None if self._trainer is None else getattr(self.trainer.precision_plugin, "scaler", None)
         shared = len(self.backbone.passes(("actor", "critic"))) == 1
-        return shared or scaler is not None or is_sharded(self.backbone)
+        return shared or scaler is not None or self.backbone.is_sharded
 
     def value_loss(self, values: Tensor, minibatch: Experience) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted value loss of ``[B, T]`` values, and what to log about it."""

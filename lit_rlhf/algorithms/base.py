@@ -26,20 +26,18 @@ from lit_rlhf.backbone import (
     check_artefacts,
     check_model,
     compile_layers,
-    data_parallel_mesh,
     fingerprint_parents,
-    is_sharded,
     layout_names,
     load_tokenizer,
     make_record,
     read_spec,
-    shard,
     without_weights,
 )
 from lit_rlhf.callbacks import NumericalGuard, OnNonFinite, SafeCheckpoints, StopAfterStep, StopOnSigterm
-from lit_rlhf.checkpoint_files import load_file
-from lit_rlhf.checkpoint_folders import read_rest, settle
-from lit_rlhf.strategies import check_strategy
+from lit_rlhf.checkpoints.files import load_file
+from lit_rlhf.checkpoints.folders import read_rest, settle
+from lit_rlhf.errors import ConfigError
+from lit_rlhf.strategies import check_strategy, data_parallel_mesh, shard
 
 
 class BackboneModule(L.LightningModule):
@@ -87,7 +85,7 @@ class BackboneModule(L.LightningModule):
         super().__init__()
         if compile_layers and gradient_checkpointing:
             # The context that puts the right LoRA set back in recomputation is none that torch can trace.
-            raise ValueError("compile_layers and gradient_checkpointing exclude each other; leave one of them out")
+            raise ConfigError("compile_layers and gradient_checkpointing exclude each other; leave one of them out")
         self.spec = BackboneSpec(model, tokenizer, dtype, lora, policy_checkpoint, quantization=quantization)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -112,7 +110,7 @@ class BackboneModule(L.LightningModule):
         """
         check_strategy(self.trainer.strategy, self.spec.quantization is not None)
         if str(self.trainer.precision) in ("bf16-true", "16-true"):
-            raise ValueError(
+            raise ConfigError(
                 f"precision {self.trainer.precision} would cast LoRA sets, heads and optimizer state too. Use "
                 "trainer.precision: 32-true with model.dtype: bfloat16: only the trunk is stored in 16 bits"
             )
@@ -128,7 +126,7 @@ class BackboneModule(L.LightningModule):
             if self.lr_scheduler is not None:
                 self.lr_scheduler(optimizer)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"optimizer or lr_scheduler: {error}") from error
+            raise ConfigError(f"optimizer or lr_scheduler: {error}") from error
 
     def check_data(self, data: Any, response_length: int = 0) -> None:
         """Refuse data that the model cannot read.
@@ -189,7 +187,7 @@ class BackboneModule(L.LightningModule):
             self.spec.fingerprints = self.spec.fingerprints or fingerprint_parents(self.spec)
             if self.compile_layers:
                 compile_layers(self.backbone)
-        if mesh is not None and not is_sharded(self.backbone):
+        if mesh is not None and not self.backbone.is_sharded:
             strategy = None if self._trainer is None else self._trainer.strategy
             reshard = getattr(strategy, "reshard_after_forward", True)
             offload = getattr(strategy, "cpu_offload", False)
@@ -261,7 +259,7 @@ class BackboneModule(L.LightningModule):
         self._refuse_foreign(content, path)
         done = int(content.get("epoch", -1)) + 1
         if max_epochs is not None and 0 <= max_epochs < done:
-            raise ValueError(
+            raise ConfigError(
                 f"checkpoint {path} has {done} finished epochs, but trainer.max_epochs is {max_epochs}. Raise it: it "
                 "counts from the beginning of the run, not from the checkpoint"
             )
@@ -270,11 +268,11 @@ class BackboneModule(L.LightningModule):
         """Compare a checkpoint's record with this run's; the names of what is trained once the model is there."""
         saved = checkpoint.get(RECORD_KEY)
         if saved is None:
-            raise ValueError(f"checkpoint {path or ''} was not written by lit_rlhf; it cannot be resumed")
+            raise ConfigError(f"checkpoint {path or ''} was not written by lit_rlhf; it cannot be resumed")
         ours = self._record()
         for key in ("algorithm", "layout", "trainable_names"):
             if saved[key] != ours[key] and ours[key] is not None:
-                raise ValueError(
+                raise ConfigError(
                     f"cannot resume: the checkpoint's {key} differs from the configuration's: "
                     f"{_named(key, saved[key])} there, {_named(key, ours[key])} here. "
                     "Set it back, or start anew without --ckpt_path"
@@ -282,7 +280,7 @@ class BackboneModule(L.LightningModule):
         saved_spec = asdict(read_spec(saved["spec"]))
         for key, value in ours["spec"].items():
             if saved_spec[key] != value:
-                raise ValueError(f"cannot resume: {key} was {saved_spec[key]!r} and is now {value!r}")
+                raise ConfigError(f"cannot resume: {key} was {saved_spec[key]!r} and is now {value!r}")
 
     def log_all(self, prefix: str, values: Mapping[str, Tensor | float], **kwargs: Any) -> None:
         """Log values under ``prefix/``; those in ``progress_metrics`` also in the progress bar."""

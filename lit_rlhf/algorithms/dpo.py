@@ -9,6 +9,7 @@ from lit_rlhf.algorithms.supervised import Batch, SupervisedModule
 from lit_rlhf.backbone import Layout, LoraArgs, find_layout
 from lit_rlhf.backbone.roles import HeadName
 from lit_rlhf.data import PreferenceData
+from lit_rlhf.errors import ConfigError
 from lit_rlhf.functional import dpo_loss, masked_sum
 from lit_rlhf.metrics import PairwiseAccuracy, RewardMargin
 
@@ -38,7 +39,7 @@ class DPO(SupervisedModule):
         **kwargs: Any,
     ) -> None:
         if beta <= 0 or not 0 <= label_smoothing < 0.5:
-            raise ValueError(
+            raise ConfigError(
                 f"beta must be positive and label_smoothing in [0, 0.5), got beta {beta}, "
                 f"label_smoothing {label_smoothing}"
             )

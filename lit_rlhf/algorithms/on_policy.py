@@ -11,8 +11,9 @@ from torch import Tensor
 from lit_rlhf.algorithms.base import BackboneModule
 from lit_rlhf.algorithms.carried import CarriedPass
 from lit_rlhf.algorithms.ranges import out_of_range
-from lit_rlhf.backbone import Layout, LoraArgs, find_layout, is_sharded
-from lit_rlhf.callbacks import PhaseTimer, SampleTable, StopInIteration, TrainingPhase, phase
+from lit_rlhf.backbone import Layout, LoraArgs, find_layout
+from lit_rlhf.callbacks import PhaseTimer, SampleTable, StopInIteration, TrainingPhase
+from lit_rlhf.errors import ConfigError
 from lit_rlhf.functional import AdaptiveKL, FixedKL, KLController, KLEstimator, kl_estimate, masked_sum
 from lit_rlhf.rollout import (
     Engine,
@@ -28,6 +29,7 @@ from lit_rlhf.rollout import (
     join,
     read_groups,
 )
+from lit_rlhf.rollout.phases import phase
 
 
 class OnPolicyModule(BackboneModule):
@@ -118,7 +120,7 @@ class OnPolicyModule(BackboneModule):
         self.keep_log_probs = keep_log_probs
         self.log_samples = log_samples
         if problems := self.problems():
-            raise ValueError("invalid configuration:\n" + "\n".join(f"  - {problem}" for problem in problems))
+            raise ConfigError("invalid configuration:\n" + "\n".join(f"  - {problem}" for problem in problems))
         self._carried = CarriedPass()
         base_seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
         self.group_by_length = group_by_length
@@ -162,7 +164,7 @@ class OnPolicyModule(BackboneModule):
         """
         super().setup(stage)
         if stage == "fit" and (problems := self._horizon_problems(self.trainer.world_size)):
-            raise ValueError(problems[0])
+            raise ConfigError(problems[0])
         updates = len(self.rollout_buffer) // self.trainer.accumulate_grad_batches
         if stage == "fit" and self.one_update and updates > 1:
             rank_zero_warn(
@@ -260,7 +262,7 @@ class OnPolicyModule(BackboneModule):
                 samples=samples,
                 greedy=greedy,
                 batch_size=self.rollout_batch_size,
-                in_step=is_sharded(self.backbone),
+                in_step=self.backbone.is_sharded,
                 keep_log_probs=self._keeps_log_probs(),
             )
 
@@ -298,7 +300,7 @@ class OnPolicyModule(BackboneModule):
         Only where the whole rollout is one minibatch, and is scored at once: the loss reads the same rows and weights.
         """
         whole = len(self.rollout_buffer) == 1 and self.rollout_batch_size >= self.rollout_size
-        trained = self._trainer is not None and not is_sharded(self.backbone)
+        trained = self._trainer is not None and not self.backbone.is_sharded
         return self.roles_to_carry(experience) if whole and trained else ()
 
     def roles_to_carry(self, experience: Experience) -> tuple[str, ...]:

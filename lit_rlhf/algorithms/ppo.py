@@ -8,7 +8,6 @@ from torch.optim import Optimizer
 
 from lit_rlhf.algorithms.actor_critic import ActorCriticModule, drop_gradients
 from lit_rlhf.algorithms.ranges import out_of_range
-from lit_rlhf.backbone import is_sharded
 from lit_rlhf.functional import (
     clipped_policy_loss,
     entropy_bonus,
@@ -105,7 +104,7 @@ class PPO(ActorCriticModule):
         if not self._skipping:
             return super().training_step(batch, batch_idx)
         # DDP wants every parameter in the graph; sharded ones need no gradient, and the value head is not sharded here.
-        parameters = self.backbone.heads.parameters() if is_sharded(self.backbone) else self.backbone.parameters()
+        parameters = self.backbone.heads.parameters() if self.backbone.is_sharded else self.backbone.parameters()
         return torch.stack([p.sum() for p in parameters if p.requires_grad]).sum() * 0.0
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lit_rlhf.algorithms.on_policy import OnPolicyModule
 from lit_rlhf.algorithms.ranges import out_of_range
+from lit_rlhf.errors import ConfigError
 from lit_rlhf.functional import policy_gradient_loss, remax_returns, returns_to_go
 from lit_rlhf.rollout import Experience
 
@@ -53,7 +54,7 @@ class ReMax(OnPolicyModule):
     def estimate(self, experience: Experience) -> None:
         """Fill advantages with the per-token returns."""
         if experience.greedy is None:
-            raise ValueError("ReMax: sample gave no greedy responses; call self.generate(..., greedy=True)")
+            raise ConfigError("ReMax: sample gave no greedy responses; call self.generate(..., greedy=True)")
         baseline = self.shaped_scores(experience.greedy).repeat_interleave(self.samples_per_prompt)
         gain = self.shaped_scores(experience) - baseline
         if self.advantage_clip is not None:

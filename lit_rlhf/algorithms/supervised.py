@@ -12,6 +12,7 @@ from lit_rlhf.backbone.roles import HeadName
 from lit_rlhf.callbacks import SaveAtEpochEnd
 from lit_rlhf.data import InstructionData, PreferenceData
 from lit_rlhf.data.base import TextData
+from lit_rlhf.errors import ConfigError
 from lit_rlhf.functional import cross_entropy, masked_mean, preference_loss
 from lit_rlhf.metrics import PairwiseAccuracy, RewardMargin, TokenPerplexity
 
@@ -42,7 +43,7 @@ class SupervisedModule(BackboneModule):
             ValueError: The data module gives other batches than :meth:`losses` reads.
         """
         if self.data is not None and isinstance(data, TextData) and not isinstance(data, self.data):
-            raise ValueError(
+            raise ConfigError(
                 f"{type(self).__name__} is trained on {self.data.__name__}, not on {type(data).__name__}; "
                 f"set data to it (--data {self.data.__name__})"
             )
@@ -176,7 +177,7 @@ class HydraSFT(SupervisedModule):
 
     def __init__(self, gamma: float = 0.1, **kwargs: Any) -> None:
         if gamma < 0:
-            raise ValueError(f"gamma must not be negative, got {gamma}")
+            raise ConfigError(f"gamma must not be negative, got {gamma}")
         super().__init__(**kwargs)
         self.gamma = gamma
 

@@ -15,7 +15,6 @@ from lit_rlhf.backbone.loading import (
 from lit_rlhf.backbone.lora_sets import LoraSet, RoleModel
 from lit_rlhf.backbone.quantization import Quantization
 from lit_rlhf.backbone.roles import LAYOUTS, Layout, Role, Trunk, find_layout, supervised_layout
-from lit_rlhf.backbone.sharding import StrategyError, data_parallel_mesh, is_sharded, shard
 from lit_rlhf.backbone.stages import (
     RECORD_KEY,
     BackboneSpec,
@@ -41,7 +40,6 @@ __all__ = [
     "Role",
     "RoleModel",
     "StageCheckpoint",
-    "StrategyError",
     "Trunk",
     "build_backbone",
     "check_artefacts",
@@ -49,10 +47,8 @@ __all__ = [
     "check_model",
     "compile_layers",
     "context_length",
-    "data_parallel_mesh",
     "find_layout",
     "fingerprint_parents",
-    "is_sharded",
     "layout_names",
     "load_language_model",
     "load_tokenizer",
@@ -60,7 +56,6 @@ __all__ = [
     "read_config",
     "read_spec",
     "resolve_source",
-    "shard",
     "supervised_layout",
     "vocabulary",
     "without_weights",

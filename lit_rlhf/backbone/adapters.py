@@ -12,6 +12,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from lit_rlhf.errors import ConfigError
+
 
 @dataclass
 class LoraArgs:
@@ -42,14 +44,14 @@ class LoraArgs:
 
     def __post_init__(self) -> None:
         if self.r < 1:
-            raise ValueError(f"lora.r must be at least 1, got {self.r}")
+            raise ConfigError(f"lora.r must be at least 1, got {self.r}")
         if self.alpha <= 0:
-            raise ValueError(f"lora.alpha must be positive, got {self.alpha}")
+            raise ConfigError(f"lora.alpha must be positive, got {self.alpha}")
         if not self.target_modules:
-            raise ValueError("lora.target_modules is empty: name at least one module, or 'all-linear'")
+            raise ConfigError("lora.target_modules is empty: name at least one module, or 'all-linear'")
         for name, rank in self.ranks.items():
             if rank < 1:
-                raise ValueError(f"lora.ranks: the rank of {name!r} must be at least 1, got {rank}")
+                raise ConfigError(f"lora.ranks: the rank of {name!r} must be at least 1, got {rank}")
 
     def for_set(self, name: str) -> "LoraArgs":
         """Return the settings of one set: its own rank, and no ``ranks`` any more."""
@@ -59,7 +61,7 @@ class LoraArgs:
     def check_sets(self, trained: Collection[str]) -> None:
         """Raise ValueError where ``ranks`` names a set that is not among the trained ones."""
         if unknown := sorted(set(self.ranks) - set(trained)):
-            raise ValueError(
+            raise ConfigError(
                 f"lora.ranks names {', '.join(map(repr, unknown))}, but the LoRA sets trained here are "
                 f"{', '.join(map(repr, sorted(trained))) or 'none'}"
             )

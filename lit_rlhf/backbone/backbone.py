@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -17,6 +18,7 @@ from lit_rlhf.backbone.language_head import LogitTransform, masked_log_probs, re
 from lit_rlhf.backbone.lora_sets import LoraSet, attach_sets, set_of
 from lit_rlhf.backbone.roles import START_SET, HeadName, Layout, Role
 from lit_rlhf.backbone.stages import BackboneSpec, StageCheckpoint, check_artefacts, starting_model
+from lit_rlhf.errors import ConfigError
 from lit_rlhf.functional import gather_last, position_ids, scale_gradient
 
 
@@ -123,6 +125,11 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> "Backbone":
         """Stay in eval mode whatever the trainer asks for; see the class docstring."""
         return super().train(False)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 has sharded it; parameters cannot tell, since gathered ones look like any others."""
+        return any(isinstance(module, FSDPModule) for module in self.modules())
 
     def language_model(self, trunk: str) -> PreTrainedModel:
         """Return a trunk's Hugging Face model, LoRA layers inside."""
@@ -313,13 +320,13 @@ def _sets_of_trunk(
         if name in loaded:
             sets[name] = loaded[name]
         elif lora is None:
-            raise ValueError(f"the layout trains LoRA set {name!r}, but no lora settings were given")
+            raise ConfigError(f"the layout trains LoRA set {name!r}, but no lora settings were given")
         else:
             sets[name] = lora.for_set(name)
     if start is not None:
         for name, entry in sets.items():
             if (entry if isinstance(entry, LoraArgs) else entry.args).use_dora:
-                raise ValueError(
+                raise ConfigError(
                     f"DoRA set {name!r} needs plain weights, but on a quantised trunk earlier stages stay LoRA sets; "
                     "export the checkpoint with `--format merged` and give that folder as `model`"
                 )

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 from lit_rlhf.backbone.loading import load_tokenizer, read_config
 from lit_rlhf.backbone.lora_sets import check_targets
 from lit_rlhf.backbone.stages import BackboneSpec, StageCheckpoint
+from lit_rlhf.errors import ConfigError
 
 
 def vocabulary(config: PretrainedConfig) -> int:
@@ -59,7 +60,7 @@ def check_length(limit: int | None, longest: int, response_length: int) -> None:
     """
     if limit is not None and longest + response_length > limit:
         sampled = f" and {response_length} sampled ones" if response_length else ""
-        raise ValueError(
+        raise ConfigError(
             f"the longest sequence has {longest} tokens{sampled}, but the model reads {limit} tokens at most. Shorten "
             + (
                 "the prompts or the responses (max_prompt_length, max_new_tokens)"
@@ -78,7 +79,7 @@ def _check_ids(
     special: list[Any] = [tokenizer.pad_token_id, tokenizer.eos_token_id]
     largest = max(largest_id(), *(i for i in special if i is not None))
     if largest >= size:
-        raise ValueError(
+        raise ConfigError(
             f"the tokenizer of {spec.tokenizer or spec.model!r} gives token ids up to {largest}, but the vocabulary of "
             f"model {spec.model!r} has {size} tokens. Set model.tokenizer to the one that the model was trained with"
         )
@@ -91,7 +92,7 @@ def _check_vocabularies(spec: BackboneSpec, tokenizer: PreTrainedTokenizerBase) 
             continue
         name = theirs.tokenizer or theirs.model
         if load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
-            raise ValueError(
+            raise ConfigError(
                 f"checkpoint {path} was trained with the tokenizer of {name!r}, whose vocabulary is not that of "
                 f"{spec.tokenizer or spec.model!r}: the same token ids would mean other words. Set model.tokenizer"
             )

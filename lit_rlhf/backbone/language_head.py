@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lit_rlhf.errors import ConfigError
 from lit_rlhf.functional import token_log_probs
 
 
@@ -42,7 +43,7 @@ def read_logit_transform(model: PreTrainedModel) -> LogitTransform:
     transform = LogitTransform(float(scale), getattr(config, "final_logit_softcapping", None))
     proven_elsewhere = model.get_output_embeddings().weight.is_meta  # by the rank that holds the weights
     if not proven_elsewhere and not _explains(model, transform):
-        raise ValueError(
+        raise ConfigError(
             f"{type(model).__name__} does something to its logits that its config does not say "
             f"(tried {transform}). Its log-probs cannot be computed from the output embedding alone"
         )

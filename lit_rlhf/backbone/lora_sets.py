@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lit_rlhf.backbone.adapters import LoraArgs
 from lit_rlhf.backbone.lora_linear import use_fused_layers
+from lit_rlhf.errors import ConfigError
 
 
 @dataclass
@@ -65,7 +66,7 @@ class RoleModel:
         """
         summed = self.summed()
         if summed is None:
-            raise ValueError("this role has no LoRA set; export it with format 'merged'")
+            raise ConfigError("this role has no LoRA set; export it with format 'merged'")
         return attach_lora(self.base, summed.args.to_peft(), summed.tensors)
 
     def for_inference(self) -> PreTrainedModel:
@@ -88,7 +89,7 @@ def attach_lora(model: PreTrainedModel, config: LoraConfig, tensors: dict[str, T
     result: Any = set_peft_model_state_dict(attached, tensors)
     missing = [key for key in result.missing_keys if "lora_" in key]
     if result.unexpected_keys or missing:
-        raise ValueError(f"LoRA set does not fit the model: {[*result.unexpected_keys, *missing][:3]} ...")
+        raise ConfigError(f"LoRA set does not fit the model: {[*result.unexpected_keys, *missing][:3]} ...")
     return attached
 
 
@@ -101,7 +102,7 @@ def concatenate(sets: list[LoraSet]) -> LoraSet:
         ValueError: One of several sets is DoRA, which rescales what the sets below it left.
     """
     if any(s.args.use_dora for s in sets):
-        raise ValueError(
+        raise ConfigError(
             "DoRA sets of several stages are no sum, so no single PEFT adapter equals them; export with "
             "`--format merged`, and give the merged folder as `model` where a stage is to start from it"
         )
@@ -164,7 +165,7 @@ def attach_sets(model: PreTrainedModel, sets: Mapping[str, LoraArgs | LoraSet]) 
             renamed = {k.removesuffix(".weight") + f".{name}.weight": v for k, v in entry.tensors.items()}
             unexpected = wrapped.load_state_dict(renamed, strict=False).unexpected_keys
             if unexpected:
-                raise ValueError(f"LoRA set {name!r} does not fit its trunk: {unexpected[:3]} ...")
+                raise ConfigError(f"LoRA set {name!r} does not fit its trunk: {unexpected[:3]} ...")
     _start_magnitudes(wrapped, [name for name, args in fresh.items() if args.use_dora])
     use_fused_layers(wrapped)
     return wrapped
@@ -189,7 +190,7 @@ def check_targets(model: PreTrainedModel, args: LoraArgs) -> None:
         try:
             matched = {targets: [name for name in modules if re.fullmatch(targets, name)]}
         except re.error as error:
-            raise ValueError(f"lora.target_modules {targets!r} is no regular expression: {error}") from error
+            raise ConfigError(f"lora.target_modules {targets!r} is no regular expression: {error}") from error
         kind = "no module path matches the regular expression (a list names modules)"
     else:
         matched = {t: [name for name in modules if name == t or name.endswith(f".{t}")] for t in targets}
@@ -198,12 +199,12 @@ def check_targets(model: PreTrainedModel, args: LoraArgs) -> None:
     linear = {name for name, module in modules.items() if module is not head and _is_linear(module)}
     there = f"linear layers of {type(model).__name__}: {', '.join(sorted({n.rpartition('.')[2] for n in linear}))}"
     if missing := [target for target, names in matched.items() if not names]:
-        raise ValueError(f"lora.target_modules: {kind} {', '.join(map(repr, missing))}; {there}")
+        raise ConfigError(f"lora.target_modules: {kind} {', '.join(map(repr, missing))}; {there}")
     for name in (name for names in matched.values() for name in names if name not in linear):
         module = modules[name]
         if module is head or isinstance(module, nn.Embedding):
-            raise ValueError(f"lora.target_modules adapts {name}; input and output embedding cannot carry LoRA here")
-        raise ValueError(
+            raise ConfigError(f"lora.target_modules adapts {name}; input and output embedding cannot carry LoRA here")
+        raise ConfigError(
             f"lora.target_modules adapts {name}, a {type(module).__name__}, which cannot carry LoRA; {there}"
         )
 
@@ -219,7 +220,7 @@ def _refuse_embeddings(wrapped: PeftModel) -> None:
     head = wrapped.get_base_model().get_output_embeddings()  # type: ignore[operator]
     for name, module in wrapped.get_base_model().named_modules():
         if isinstance(module, BaseTunerLayer) and (module is head or isinstance(module.get_base_layer(), nn.Embedding)):
-            raise ValueError(f"lora.target_modules adapts {name}; input and output embedding cannot carry LoRA here")
+            raise ConfigError(f"lora.target_modules adapts {name}; input and output embedding cannot carry LoRA here")
 
 
 def _start_magnitudes(wrapped: PeftModel, names: list[str]) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from lit_rlhf.backbone.adapters import LoraArgs
 from lit_rlhf.backbone.roles import Layout
+from lit_rlhf.errors import ConfigError, MissingPackageError
 
 Quantization = Literal["int8", "nf4"]
 
@@ -24,16 +25,16 @@ def check_quantization(quantization: Quantization | None, layout: Layout, lora: 
     if quantization is None:
         return
     if layout.trained_trunks:
-        raise ValueError(
+        raise ConfigError(
             f"quantization {quantization} needs frozen trunks, but this layout trains "
             f"{', '.join(map(repr, layout.trained_trunks))} as a whole; train LoRA sets instead, or leave it out"
         )
     if quantization == "int8" and lora is not None and lora.use_dora:
-        raise ValueError("lora.use_dora does not work with quantization int8; choose nf4, or leave one of them out")
+        raise ConfigError("lora.use_dora does not work with quantization int8; choose nf4, or leave one of them out")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError(f"quantization {quantization} needs: pip install bitsandbytes")
+        raise MissingPackageError(f"quantization {quantization} needs: pip install bitsandbytes")
     if not _device_is_there():
-        raise ValueError(f"quantization {quantization} needs a CUDA device, and this machine has none")
+        raise ConfigError(f"quantization {quantization} needs a CUDA device, and this machine has none")
 
 
 def _device_is_there() -> bool:
@@ -78,7 +79,7 @@ def load_quantized(path: str, dtype: torch.dtype, quantization: Quantization) ->
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_ONCE)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=config)
     if not model.get_output_embeddings().weight.is_floating_point():
-        raise ValueError(f"{type(model).__name__}: its output embedding was quantised; log-probs need it plain")
+        raise ConfigError(f"{type(model).__name__}: its output embedding was quantised; log-probs need it plain")
     return model.eval()
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal, get_args
 
+from lit_rlhf.errors import ConfigError
+
 HeadName = Literal["lm", "reward", "value"]
 ArtefactName = Literal["policy", "reward"]
 
@@ -70,7 +72,7 @@ class Layout:
     def __post_init__(self) -> None:
         problems = _shape_problems(self) or _meaning_problems(self)
         if problems:
-            raise ValueError("\n".join(f"layout: {problem}" for problem in problems))
+            raise ConfigError("\n".join(f"layout: {problem}" for problem in problems))
 
     @property
     def trained_adapters(self) -> list[str]:
@@ -269,7 +271,7 @@ def find_layout(name: str) -> Layout:
         return LAYOUTS[name]
     path, _, attribute = name.rpartition(".")
     if not path or not attribute:
-        raise ValueError(
+        raise ConfigError(
             f"layout must be one of {', '.join(LAYOUTS)}, or the import path of your own, such as "
             f"my_layouts.SPLIT; got {name!r}"
         )
@@ -278,11 +280,11 @@ def find_layout(name: str) -> Layout:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{path}.".startswith(f"{error.name}."):
             raise  # the module is there; something that it imports is not
-        raise ValueError(f"layout {name!r}: no module named {error.name!r} (searched sys.path)") from error
+        raise ConfigError(f"layout {name!r}: no module named {error.name!r} (searched sys.path)") from error
     if not hasattr(module, attribute):
         own = sorted(key for key, value in vars(module).items() if isinstance(value, Layout))
-        raise ValueError(f"layout {name!r}: module {path} has no {attribute!r}; its layouts are {own}")
+        raise ConfigError(f"layout {name!r}: module {path} has no {attribute!r}; its layouts are {own}")
     layout = getattr(module, attribute)
     if not isinstance(layout, Layout):
-        raise ValueError(f"layout {name!r} must be a Layout, got {type(layout).__name__}")
+        raise ConfigError(f"layout {name!r} must be a Layout, got {type(layout).__name__}")
     return layout

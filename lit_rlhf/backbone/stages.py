@@ -18,7 +18,8 @@ from lit_rlhf.backbone.loading import DType, load_language_model
 from lit_rlhf.backbone.lora_sets import LoraSet, RoleModel
 from lit_rlhf.backbone.quantization import Quantization, check_quantization, quantize
 from lit_rlhf.backbone.roles import LAYOUTS, ArtefactName, HeadName, Layout, Role, Trunk
-from lit_rlhf.checkpoint_files import load_file
+from lit_rlhf.checkpoints.files import load_file
+from lit_rlhf.errors import ConfigError
 
 RECORD_KEY = "lit_rlhf"
 FORMAT = 1
@@ -62,7 +63,7 @@ class BackboneSpec:
         stage = StageCheckpoint.read(path)
         expected = self.fingerprints.get(str(Path(path).resolve()))
         if expected is not None and stage.fingerprint() != expected:
-            raise ValueError(
+            raise ConfigError(
                 f"checkpoint {path} was replaced after a later stage was trained on it; that stage's weights mean "
                 "nothing on the new file. Restore the old one, or train the later stage again"
             )
@@ -120,14 +121,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path)
     if file.is_dir():
-        raise ValueError(
+        raise ConfigError(
             f"checkpoint {file} is a folder of shards, as FSDP2 writes them; give the strategy "
             "save_distributed_checkpoint: false and resume for one more epoch (trainer.max_epochs), to get one file"
         )
     content = load_file(file, mmap=True)
     record = content.get(RECORD_KEY)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise ValueError(f"checkpoint {file} was not written by this version of lit_rlhf (no {RECORD_KEY!r} record)")
+        raise ConfigError(f"checkpoint {file} was not written by this version of lit_rlhf (no {RECORD_KEY!r} record)")
     return content
 
 
@@ -171,7 +172,7 @@ class StageCheckpoint:
 
     def _role(self, role: str) -> Role:
         if role not in self.layout.roles:
-            raise ValueError(f"checkpoint {self.path} holds the roles {sorted(self.layout.roles)}, not {role!r}")
+            raise ConfigError(f"checkpoint {self.path} holds the roles {sorted(self.layout.roles)}, not {role!r}")
         return self.layout.roles[role]
 
     def lora_set(self, role: str) -> LoraSet | None:
@@ -213,7 +214,7 @@ class StageCheckpoint:
             tensors = {k.removeprefix(prefix): v for k, v in self.state.items() if k.startswith(prefix)}
             unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
             if unexpected:
-                raise ValueError(f"checkpoint {self.path} does not fit {self.spec.model}: {unexpected[:3]} ...")
+                raise ConfigError(f"checkpoint {self.path} does not fit {self.spec.model}: {unexpected[:3]} ...")
             return RoleModel(quantize(model, quantization) if quantization else model, [])
         lora_set = self.lora_set(role)
         return parent if lora_set is None else RoleModel(parent.base, [*parent.sets, lora_set])
@@ -238,7 +239,7 @@ def starting_model(spec: BackboneSpec, artefact: ArtefactName) -> RoleModel:
     if stage is None:
         return RoleModel(load_language_model(spec.model, spec.dtype, spec.quantization), [])
     if stage.spec.model != spec.model:
-        raise ValueError(_other_model(stage, spec))
+        raise ConfigError(_other_model(stage, spec))
     role = "reward" if artefact == "reward" and "reward" in stage.layout.roles else "actor"
     return stage.role_model(role, spec.dtype, spec.quantization)
 
@@ -263,15 +264,15 @@ def check_artefacts(spec: BackboneSpec, layout: Layout) -> None:
     stages = {path: StageCheckpoint.read(path) for path in {spec.policy_checkpoint, spec.reward_checkpoint} if path}
     for stage in stages.values():
         if stage.spec.model != spec.model:
-            raise ValueError(_other_model(stage, spec))
+            raise ConfigError(_other_model(stage, spec))
     if spec.policy_checkpoint and "actor" not in stages[spec.policy_checkpoint].layout.roles:
-        raise ValueError(f"policy_checkpoint {spec.policy_checkpoint} holds no policy (no actor role)")
+        raise ConfigError(f"policy_checkpoint {spec.policy_checkpoint} holds no policy (no actor role)")
     if "reward" in layout.roles and "reward" not in layout.trained_heads:
         path = spec.checkpoint_of("reward")
         if path is None or stages[path].head_state("reward") is None:
             where = layout.roles["reward"]
             alone = where.adapter is None and layout.trunks[where.trunk].artefact == "policy"
-            raise ValueError(
+            raise ConfigError(
                 "the reward role needs a trained reward head: give policy_checkpoint a Hydra-SFT checkpoint"
                 + (", " if alone else ", or reward_checkpoint a reward-model checkpoint, ")
                 + "or set `reward` to a reward function instead"
@@ -280,13 +281,13 @@ def check_artefacts(spec: BackboneSpec, layout: Layout) -> None:
     if layout.loaded_adapters:
         path = spec.reward_checkpoint
         if path is None or stages[path].lora_set("reward") is None:
-            raise ValueError(
+            raise ConfigError(
                 "this layout (of the table: pe) reads the reward model as a LoRA set: give reward_checkpoint a "
                 "RewardModel that was trained with lora on the same policy_checkpoint, as in experiments/pe_rlhf"
             )
         theirs, ours = stages[path].spec.policy_checkpoint, spec.policy_checkpoint
         if theirs != (str(Path(ours).resolve()) if ours else None):
-            raise ValueError(f"reward_checkpoint was trained on policy checkpoint {theirs}, not on {ours}")
+            raise ConfigError(f"reward_checkpoint was trained on policy checkpoint {theirs}, not on {ours}")
 
 
 def _other_model(stage: StageCheckpoint, spec: BackboneSpec) -> str:
@@ -312,7 +313,7 @@ def _check_reward_trunk(spec: BackboneSpec, layout: Layout, stage: StageCheckpoi
         paths = {Path(path).resolve() for path in (spec.policy_checkpoint, spec.checkpoint_of("reward")) if path}
         fits = spec.policy_checkpoint is not None and len(paths) == 1 and "actor" in roles and len(passes) == 1
     if not fits:
-        raise ValueError(
+        raise ConfigError(
             f"the reward head of {stage.path} was trained on another trunk than the one this layout "
             "reads: give policy_checkpoint the Hydra-SFT checkpoint that holds both and leave reward_checkpoint "
             "out, or choose a layout with a reward trunk (full, lora, dynamic_lora)"

@@ -1,89 +1,13 @@
-"""Checkpoint files that are complete or absent, and that are refused where they are not."""
+"""When checkpoints are saved, and by what they are written."""
 
-import os
-from pathlib import Path
 from typing import Any
 
-import fsspec
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lit_rlhf.checkpoint_files import CheckpointError, disk_error, load_file, sync_folder, why_not_written
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint under a temporary name in the same folder, to the disk, and only then gives it its own.
-
-    A failed write leaves the earlier file of that name as it was, and nothing beside it. Local files are streamed, so
-    that no second copy of the checkpoint is made in memory. Remote paths are left to Lightning, which uploads whole.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            CheckpointError: It could not be written; the earlier file of that name is intact.
-        """
-        target = _local(path)
-        if target is None or storage_options is not None:
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(target)
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-            sync_folder(target.parent)
-        except (OSError, RuntimeError) as error:
-            cause = disk_error(error)
-            if cause is None:
-                raise
-            raise CheckpointError(why_not_written(target, cause)) from error
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Read a checkpoint: tensors and plain values, unless ``weights_only`` is False.
-
-        Raises:
-            CheckpointError: There is no such file, it is torn or of another kind, or reading it could run code.
-        """
-        target = _local(path)
-        if target is None:
-            return super().load_checkpoint(path, map_location, weights_only)
-        return load_file(target, map_location, weights_only is not False)
-
-
-def _local(path: str | Path) -> Path | None:
-    """Return the path of a local file, None for a remote one."""
-    file_system, local = fsspec.core.url_to_fs(str(path))
-    return Path(local) if "file" in file_system.protocol else None
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Remove what processes that were killed while writing this checkpoint left behind."""
-    for leftover in target.parent.glob(f".{target.name}.*.partial"):
-        process = leftover.name.split(".")[-2]
-        if process.isdigit() and not _lives(int(process)):
-            leftover.unlink(missing_ok=True)
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+from lit_rlhf.checkpoints import AtomicCheckpointIO, is_last_epoch, model_checkpoints
+from lit_rlhf.errors import ConfigError
 
 
 class SafeCheckpoints(Callback):
@@ -118,7 +42,7 @@ class SafeCheckpoints(Callback):
         if hasattr(pl_module, "rollout_buffer"):  # saved at iterations' ends only, some of which cut a step short
             return
         if (trainer.training or trainer.validating) and trainer.fit_loop._should_accumulate():
-            raise ValueError(
+            raise ConfigError(
                 f"a checkpoint would be saved between the {trainer.accumulate_grad_batches} batches of one optimizer "
                 "step (accumulate_grad_batches), whose gradients it does not hold. If validation saves it, let "
                 "val_check_interval be a multiple of them"
@@ -170,62 +94,19 @@ class SaveAtEpochEnd(Checkpoint):
         self._due.clear()
 
 
-def is_last_epoch(trainer: Trainer) -> bool:
-    """Return at an epoch's end whether the run ends with it."""
-    limits = trainer.current_epoch + 1 == trainer.max_epochs, trainer.global_step == trainer.max_steps
-    return any(limits) or trainer.should_stop
-
-
-def is_saved(trainer: Trainer) -> bool:
-    """Return whether a checkpoint that can be resumed holds the current step."""
-    saved = [c._last_global_step_saved for c in model_checkpoints(trainer) if not c.save_weights_only]
-    return trainer.global_step in saved
-
-
 def _always(trainer: Trainer) -> bool:
     return True
 
 
-def model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
-    """Return the run's ModelCheckpoints; other callbacks of that base do not write by themselves."""
-    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-
-
 def _check_when(callback: ModelCheckpoint, accumulated: int) -> None:
     if callback.save_on_exception:
-        raise ValueError(
+        raise ConfigError(
             "ModelCheckpoint(save_on_exception=True) would save inside a step or an RL iteration, where a run cannot "
             "be resumed exactly. Leave it out: SIGTERM saves what is complete, and every_n_train_steps (of supervised "
             "stages) or every_n_epochs limit what another end can cost"
         )
     if callback._train_time_interval is not None and accumulated > 1:
-        raise ValueError(
+        raise ConfigError(
             f"ModelCheckpoint(train_time_interval) may save between the {accumulated} batches of one optimizer step "
             "(accumulate_grad_batches), whose gradients a checkpoint does not hold. Use every_n_train_steps"
         )
-
-
-def last_checkpoint(trainer: Trainer) -> str | None:
-    """Return the newest checkpoint to resume from: that this run wrote, or that it was itself resumed from.
-
-    Returns:
-        Its path; None without one.
-    """
-    callbacks = [callback for callback in model_checkpoints(trainer) if not callback.save_weights_only]
-    # What a resumed run's callbacks remember as best or last may be older than what it was resumed from.
-    named = [callback._last_checkpoint_saved for callback in callbacks] + [getattr(trainer, "ckpt_path", None)]
-    remembered = [path for callback in callbacks for path in (callback.last_model_path, callback.best_model_path)]
-    for paths in (named, remembered):
-        if found := [path for path in map(_found, paths) if path]:
-            return max(found, key=_written)
-    return None
-
-
-def _found(path: str | Path | None) -> str | None:
-    target = _local(path) if path else None
-    return str(target or path) if path and (target is None or target.exists()) else None
-
-
-def _written(path: str) -> float:
-    target = _local(path)
-    return 0.0 if target is None else target.stat().st_mtime

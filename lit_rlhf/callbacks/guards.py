@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from lit_rlhf.callbacks.checkpoints import last_checkpoint
+from lit_rlhf.checkpoints import last_checkpoint
+from lit_rlhf.errors import NonFiniteError
 
 OnNonFinite = Literal["raise", "skip_step"]
 SHOWN_SAMPLES = 3
@@ -29,10 +30,6 @@ COLUMNS = {
     "returns": "returns",
 }
 READINGS = {"actor": "log-probs", "reference": "log-probs of the reference", "critic": "values", "reward": "reward"}
-
-
-class NonFiniteError(RuntimeError):
-    """A number that training cannot use: NaN or infinite."""
 
 
 class NumericalGuard(Callback):

@@ -14,7 +14,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lit_rlhf.callbacks.phases import PhaseListener
+from lit_rlhf.errors import ConfigError
+from lit_rlhf.rollout.phases import PhaseListener
 
 EmptyCache = Literal["never", "after_inference", "after_training", "every_boundary"]
 BOUNDARIES: dict[str, tuple[str, ...]] = {
@@ -161,7 +162,7 @@ class MemoryPhases(PhaseListener):
 
     def __init__(self, empty_cache: EmptyCache = "never", snapshot: bool = False) -> None:
         if empty_cache not in BOUNDARIES:
-            raise ValueError(f"empty_cache must be one of {', '.join(BOUNDARIES)}, got {empty_cache!r}")
+            raise ConfigError(f"empty_cache must be one of {', '.join(BOUNDARIES)}, got {empty_cache!r}")
         self.empty_cache = empty_cache
         self.snapshot = snapshot
         self.meter: Meter | None = None
@@ -175,7 +176,7 @@ class MemoryPhases(PhaseListener):
         """Choose the meter by the device."""
         cuda = trainer.strategy.root_device.type == "cuda"
         if self.snapshot and not cuda:
-            raise ValueError("MemoryPhases: snapshot records the CUDA allocator, and this run is not on CUDA")
+            raise ConfigError("MemoryPhases: snapshot records the CUDA allocator, and this run is not on CUDA")
         if self.snapshot:
             record_history(True)
         self.meter = self.meter or (CudaMeter(self.snapshot) if cuda else HostMeter())

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lit_rlhf.callbacks.phases import PhaseListener
+from lit_rlhf.errors import ConfigError
+from lit_rlhf.rollout.phases import PhaseListener
 
 
 class OffloadOptimizerState(PhaseListener):
@@ -52,7 +53,7 @@ def move_state(optimizer: Optimizer, device: torch.device) -> None:
     """
     for state, name, tensor in _moments(optimizer):
         if isinstance(tensor, DTensor):
-            raise ValueError("OffloadOptimizerState cannot move a sharded optimizer's state; leave it out under FSDP2")
+            raise ConfigError("OffloadOptimizerState cannot move a sharded optimizer's state; leave it out under FSDP2")
         if device.type == "cpu" and tensor.device.type != "cpu":
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
             state[name] = host.copy_(tensor)

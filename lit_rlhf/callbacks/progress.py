@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
-from lit_rlhf.callbacks.phases import PhaseListener
+from lit_rlhf.rollout.phases import PhaseListener
 
 
 class IterationProgress(RichProgressBar, PhaseListener):

@@ -14,9 +14,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from lit_rlhf.callbacks.checkpoints import is_last_epoch, is_saved, last_checkpoint, model_checkpoints
 from lit_rlhf.callbacks.guards import place
-from lit_rlhf.callbacks.phases import PhaseListener
+from lit_rlhf.checkpoints import is_last_epoch, is_saved, last_checkpoint, model_checkpoints
+from lit_rlhf.rollout.phases import PhaseListener
 
 EXIT_CODE = 128 + signal.SIGTERM
 FILE_NAME = "sigterm.ckpt"

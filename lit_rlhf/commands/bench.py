@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lit_rlhf.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -53,7 +55,7 @@ class Workload:
         given = {name: getattr(self, name) for name in (*sizes, "inner_epochs", "updates")}
         bad = [f"{name} must be at least 1, got {n}" for name, n in given.items() if n is not None and n < 1]
         if bad:
-            raise ValueError("; ".join(bad))
+            raise ConfigError("; ".join(bad))
 
 
 def bench(layout: str = "hydra", algorithm: str = "PPO", json: bool = False, **kwargs: Any) -> None:
@@ -86,7 +88,7 @@ def compare(
     """
     workload = Workload(**kwargs)
     if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
+        raise ConfigError(f"rounds must be at least 1, got {rounds}")
     from lit_rlhf.commands.bench_process import measure_alternating
     from lit_rlhf.commands.bench_report import print_comparison, write_comparison
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_rlhf.commands.bench import Workload
+from lit_rlhf.errors import ConfigError
 
 MARK = "LIT_RLHF_BENCH "
 
@@ -61,7 +62,7 @@ def write_shape(name: str, folder: Path) -> str:
     from lit_rlhf.planner import SHAPES, load_config
 
     if name not in SHAPES:
-        raise ValueError(f"random_weights: no shape {name!r}; there are {', '.join(SHAPES)}. For a config of your own "
+        raise ConfigError(f"random_weights: no shape {name!r}; there are {', '.join(SHAPES)}. For a config of your own "
                          "give --model random:FOLDER")  # fmt: skip
     load_config(name).save_pretrained(folder)
     load_tokenizer("random:tiny").save_pretrained(folder)

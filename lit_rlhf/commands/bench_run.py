@@ -26,6 +26,7 @@ from lit_rlhf.commands.bench import Workload
 from lit_rlhf.commands.bench_probe import WorkCounter, decode_bytes, probe, roofline
 from lit_rlhf.commands.bench_process import MARK
 from lit_rlhf.commands.run import silence_warnings
+from lit_rlhf.errors import ConfigError
 from lit_rlhf.rollout import Sampling
 
 PHASES = ("generation", "scoring", "training")
@@ -108,7 +109,7 @@ def find_algorithm(name: str) -> type[OnPolicyModule]:
     found = getattr(import_module(path) if path else algorithms, attribute, None)
     if not (isinstance(found, type) and issubclass(found, OnPolicyModule)):
         known = [n for n in algorithms.__all__ if issubclass(getattr(algorithms, n), OnPolicyModule)]
-        raise ValueError(f"{name!r} is no on-policy algorithm; there are {', '.join(known)}, or give an import path")
+        raise ConfigError(f"{name!r} is no on-policy algorithm; there are {', '.join(known)}, or give an import path")
     return found
 
 

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lit_rlhf.errors import ConfigError
+
 
 def generate(
     source: str,
@@ -44,13 +46,13 @@ def generate(
 
     texts = ([prompt] if isinstance(prompt, str) else list(prompt or [])) + (_read_prompts(prompts) if prompts else [])
     if not texts:
-        raise ValueError("give --prompt TEXT or --prompts FILE")
+        raise ConfigError("give --prompt TEXT or --prompts FILE")
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     problems = sampling.problems()
     if batch_size < 1:
         problems.append(f"batch_size must be at least 1, got {batch_size}")
     if problems:
-        raise ValueError("; ".join(problems))
+        raise ConfigError("; ".join(problems))
     model, tokenizer = load_source(source, role)
     if torch.cuda.is_available():
         model.to("cuda")  # type: ignore[arg-type]

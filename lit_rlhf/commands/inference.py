@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.backbone import StageCheckpoint, check_length, context_length, load_language_model, load_tokenizer
 from lit_rlhf.data import Prompt, TokenizeOptions, collate_prompts, tokenize_prompts
+from lit_rlhf.errors import ConfigError
 from lit_rlhf.rollout import Sampling, generate
 
 
@@ -35,7 +36,7 @@ def load_source(source: str, role: str = "actor") -> tuple[PreTrainedModel, PreT
     if (Path(source) / "adapter_config.json").is_file():
         base = PeftConfig.from_pretrained(source).base_model_name_or_path
         if not base:
-            raise ValueError(f"{source}/adapter_config.json names no base model")
+            raise ConfigError(f"{source}/adapter_config.json names no base model")
         wrapped = PeftModel.from_pretrained(load_language_model(base), source).eval()
         return wrapped.get_base_model(), load_tokenizer(source if has_tokenizer(source) else base)  # type: ignore[return-value]
     if Path(source).is_dir():

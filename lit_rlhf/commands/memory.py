@@ -3,6 +3,8 @@
 from dataclasses import fields
 from typing import Literal
 
+from lit_rlhf.errors import ConfigError
+
 
 def memory(
     model: str | None = None,
@@ -52,7 +54,7 @@ def memory(
     """
     given = dict(locals())  # every argument by its name; settings have the same names
     if model is None:
-        raise ValueError("give --model NAME, for example --model llama-7b")
+        raise ConfigError("give --model NAME, for example --model llama-7b")
     from lit_rlhf.backbone import LoraArgs
     from lit_rlhf.planner import Setting
     from lit_rlhf.planner.report import report

@@ -12,6 +12,7 @@ from types import TracebackType
 import yaml
 
 import lit_rlhf
+from lit_rlhf.errors import ConfigError
 
 # jsonargparse tells of every branch of a Union; these lines hold no cause.
 NO_CAUSE = ("Does not validate against", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
@@ -95,11 +96,11 @@ def check_files(command: str, paths: list[str]) -> None:
         try:
             content = yaml.safe_load(Path(path).read_bytes())
         except yaml.YAMLError as error:
-            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict):
-            raise ValueError(f"{path}: expected settings by name, found {type(content).__name__}")
+            raise ConfigError(f"{path}: expected settings by name, found {type(content).__name__}")
         if unknown := [str(key) for key in content if str(key).split(".")[0].rstrip("+") not in known]:
-            raise ValueError(f"{path}: there is no section {unknown[0]!r}; sections are {', '.join(sorted(known))}")
+            raise ConfigError(f"{path}: there is no section {unknown[0]!r}; sections are {', '.join(sorted(known))}")
 
 
 def is_for_the_user(error: BaseException) -> bool:

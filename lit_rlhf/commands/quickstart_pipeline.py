@@ -15,10 +15,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from lit_rlhf.algorithms import PPO, BackboneModule, HydraSFT
 from lit_rlhf.backbone import LoraArgs
 from lit_rlhf.backbone.loading import ASSETS
-from lit_rlhf.checkpoint_files import load_file
+from lit_rlhf.checkpoints.files import load_file
 from lit_rlhf.commands import quickstart_report as report
 from lit_rlhf.commands.export import export
 from lit_rlhf.data import PreferenceData, PromptData
+from lit_rlhf.errors import ConfigError
 from lit_rlhf.functional import AdaptiveKL
 from lit_rlhf.rollout import Sampling, generate
 
@@ -79,7 +80,7 @@ class Plan:
         sizes = {name: getattr(self, name) for name in ("sft_batch", "rollout_size", "minibatch_size")}
         if devices < 1 or any(size % devices for size in sizes.values()):
             listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
-            raise ValueError(f"devices {devices} must divide the quickstart's batches: {listed}")
+            raise ConfigError(f"devices {devices} must divide the quickstart's batches: {listed}")
         return replace(self, **{name: size // devices for name, size in sizes.items()})
 
 

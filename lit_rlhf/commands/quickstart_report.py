@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from lit_rlhf.callbacks import IterationProgress
 from lit_rlhf.commands.run import silence_warnings
+from lit_rlhf.errors import MissingPackageError
 from lit_rlhf.evaluation import win_rate
 
 CONSOLE = Console(soft_wrap=True)
@@ -41,7 +42,7 @@ class GoldScorer:
     def __init__(self) -> None:
         for package in ("vaderSentiment", "matplotlib"):
             if importlib.util.find_spec(package) is None:
-                raise ImportError(f"quickstart needs {package}: pip install 'lit-rlhf[demo]'")
+                raise MissingPackageError(f"quickstart needs {package}: pip install 'lit-rlhf[demo]'")
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
         self._analyzer = SentimentIntensityAnalyzer()

@@ -18,6 +18,7 @@ from lit_rlhf.backbone import LAYOUTS, LoraArgs
 from lit_rlhf.commands import quickstart_report as report
 from lit_rlhf.commands.quickstart_pipeline import respond
 from lit_rlhf.data import InstructionData, PreferenceData, PromptData
+from lit_rlhf.errors import ConfigError
 from lit_rlhf.functional import AdaptiveKL
 from lit_rlhf.planner.live import LiveBytes
 from lit_rlhf.rollout import Sampling
@@ -88,7 +89,7 @@ def make_cells(names: list[str] | None, layouts: list[str] | None, variants: boo
     for kind, given in (("algorithms", names), ("layouts", layouts)):
         for name in given or ():
             if name not in known[kind]:
-                raise ValueError(f"{kind}: {name!r} is not one of {', '.join(known[kind])}")
+                raise ConfigError(f"{kind}: {name!r} is not one of {', '.join(known[kind])}")
     cells = [
         Cell(name, layout)
         for name in names or known["algorithms"]

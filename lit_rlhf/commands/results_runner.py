@@ -12,6 +12,7 @@ from typing import Any
 from lit_rlhf.commands import quickstart_report as report
 from lit_rlhf.commands.results_cells import ROLLOUT_SIZE, STAGE_STEPS, STAGES, Cell, make_cells, run_cell, train_stage
 from lit_rlhf.commands.results_task import write_task
+from lit_rlhf.errors import ConfigError
 from lit_rlhf.evaluation import mean_ci95
 
 COLUMNS = (
@@ -30,7 +31,7 @@ def run_results(
         ValueError: An argument is out of range, or the folder holds runs made with other settings.
     """
     if seeds < 2 or iterations < 2 or jobs < 1:
-        raise ValueError(f"needs seeds >= 2, iterations >= 2 and jobs >= 1; got {seeds}, {iterations}, {jobs}")
+        raise ConfigError(f"needs seeds >= 2, iterations >= 2 and jobs >= 1; got {seeds}, {iterations}, {jobs}")
     cells, folder = make_cells(algorithms, layouts, variants), Path(out)
     steps = STAGE_STEPS
     settings = {"iterations": iterations, "stage_steps": steps, "rollout_size": ROLLOUT_SIZE}
@@ -77,7 +78,7 @@ def check_settings(folder: Path, settings: dict[str, int]) -> None:
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     file = folder / "settings.json"
     if file.is_file() and json.loads(file.read_text()) != settings:
-        raise ValueError(f"{folder} holds runs made with {file.read_text().strip()}; choose another --out")
+        raise ConfigError(f"{folder} holds runs made with {file.read_text().strip()}; choose another --out")
     report.write_json(settings, file)
 
 

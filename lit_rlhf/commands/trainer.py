@@ -17,13 +17,12 @@ import lit_rlhf.algorithms
 import lit_rlhf.data
 import lit_rlhf.rollout  # noqa: F401  (short class names work for imported classes)
 from lit_rlhf.algorithms import BackboneModule
-from lit_rlhf.callbacks import CheckpointError, IterationProgress, NonFiniteError, PredictionWriter
+from lit_rlhf.callbacks import IterationProgress, PredictionWriter
 from lit_rlhf.cli import config_files
 from lit_rlhf.commands.messages import check_files, is_for_the_user, parser_message
 from lit_rlhf.commands.run import silence_warnings
-from lit_rlhf.data import DataError
-from lit_rlhf.rollout import RewardError
-from lit_rlhf.strategies import StrategyError, refuse_strategy
+from lit_rlhf.errors import LitRLHFError
+from lit_rlhf.strategies import refuse_strategy
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "logger": {
@@ -158,8 +157,7 @@ def main(args: list[str] | None) -> None:
             say(f"resume with\n  {resume_command(sys.argv[1:] if args is None else args, checkpoint)}")
         raise
     except Exception as error:
-        ours = CheckpointError | DataError | NonFiniteError | RewardError | StrategyError
-        if os.environ.get("JSONARGPARSE_DEBUG") or not (isinstance(error, ours) or is_for_the_user(error)):
+        if os.environ.get("JSONARGPARSE_DEBUG") or not (isinstance(error, LitRLHFError) or is_for_the_user(error)):
             raise
         rank = getattr(rank_zero_only, "rank", 0)  # the others say it too, for an error may be only theirs
         print(f"lit-rlhf: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)

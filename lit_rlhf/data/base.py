@@ -36,6 +36,7 @@ from lit_rlhf.data.tokenize import (
     TokenizeOptions,
     pad_token_id,
 )
+from lit_rlhf.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,7 +79,7 @@ def check(*conditions: tuple[bool, str]) -> None:
     """
     problems = [message for holds, message in conditions if not holds]
     if problems:
-        raise ValueError("; ".join(problems))
+        raise ConfigError("; ".join(problems))
 
 
 class TextData(LightningDataModule, ABC, Generic[RecordT, ExampleT]):

@@ -8,10 +8,12 @@ from typing import Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lit_rlhf.errors import LitRLHFError
+
 OnBadRow = Literal["error", "skip"]
 
 
-class DataError(ValueError):
+class DataError(LitRLHFError, ValueError):
     """A data source or one of its rows cannot be used.
 
     Args:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch.utils.data import DataLoader
 
 from lit_rlhf.data.sampler import LengthGroupedSampler
+from lit_rlhf.errors import ConfigError
 
 ExampleT = TypeVar("ExampleT", covariant=True)
 
@@ -56,7 +57,7 @@ class ResumableLoader(DataLoader[ExampleT]):
             return 0
         for name, now in order.origin().items():
             if (before := resumed[name]) != now:
-                raise ValueError(
+                raise ConfigError(
                     f"cannot resume inside an epoch: {name.replace('_', ' ')} was {before} and is now {now}, so "
                     "that its batches would be others. Set it back, or resume from a checkpoint of an epoch's end"
                 )

@@ -17,6 +17,7 @@ from lit_rlhf.data.oasst import oasst
 from lit_rlhf.data.rankings import Notes, Ranking
 from lit_rlhf.data.readers import Row
 from lit_rlhf.data.schemas import Format
+from lit_rlhf.errors import ConfigError
 
 PublicFormat = Literal["gpt4_llm", "oasst", "tldr", "stack_exchange", "shp"]
 RowConverter = Callable[[Row], Iterable[Ranking]]
@@ -110,7 +111,7 @@ def find_converter(format: Format | PublicFormat | RowConverter) -> Converter | 
         return None
     if format not in FORMATS:
         known = ", ".join([*get_args(Format), *FORMATS])
-        raise ValueError(f"format must be one of {known}, or a function from a row to its rankings, not {format!r}")
+        raise ConfigError(f"format must be one of {known}, or a function from a row to its rankings, not {format!r}")
     return FORMATS[format]
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_rlhf.data.readers import Row
 from lit_rlhf.data.schemas import Text
+from lit_rlhf.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Ranking:
 
     def __post_init__(self) -> None:
         if len(self.responses) != len(self.scores):
-            raise ValueError(f"{self.where}: {len(self.responses)} responses, but {len(self.scores)} scores")
+            raise ConfigError(f"{self.where}: {len(self.responses)} responses, but {len(self.scores)} scores")
 
 
 class Notes(Counter[str]):

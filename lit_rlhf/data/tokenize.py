@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_rlhf.data.errors import BadRowHandler, DataError, raise_error
 from lit_rlhf.data.schemas import Instruction, Messages, Pair, Prompt, Text
+from lit_rlhf.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,7 +84,7 @@ class TokenizeOptions:
     def __post_init__(self) -> None:
         for name in ("max_prompt_length", "max_response_length"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
 DEFAULT_OPTIONS = TokenizeOptions()

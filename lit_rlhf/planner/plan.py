@@ -19,6 +19,7 @@ from lit_rlhf.backbone import (
     find_layout,
     supervised_layout,
 )
+from lit_rlhf.errors import ConfigError
 from lit_rlhf.planner.shapes import depth, kv_cache_bytes, with_depth
 from lit_rlhf.planner.simulation import Peaks, Simulation, Sizes, decoder_layers
 from lit_rlhf.planner.steps import default_samples, roles_of, trained_roles
@@ -78,7 +79,7 @@ class Setting:
         if self.rollout_batch_size is not None and self.rollout_batch_size < 1:
             wrong.append(f"rollout_batch_size must be at least 1, got {self.rollout_batch_size}")
         if wrong:
-            raise ValueError("; ".join(wrong))
+            raise ConfigError("; ".join(wrong))
 
     @property
     def sharded(self) -> bool:
@@ -186,7 +187,9 @@ class Planner:
     def __init__(self, config: PretrainedConfig, setting: Setting) -> None:
         limit, wanted = context_length(config), setting.prompt_length + setting.response_length
         if limit is not None and wanted > limit:
-            raise ValueError(f"prompt_length + response_length is {wanted}, but the model reads {limit} tokens at most")
+            raise ConfigError(
+                f"prompt_length + response_length is {wanted}, but the model reads {limit} tokens at most"
+            )
         self.config = config
         self.setting = setting
         self.depth = depth(config)
@@ -326,7 +329,7 @@ class Planner:
             try:
                 self._done[key] = _lines({n: run(self._simulation(row, n)) for n in self.depths}, self.depth)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
-                raise ValueError(
+                raise ConfigError(
                     f"{phase} of {row.name} cannot be planned: {type(self.config).__name__} makes sizes depend on "
                     f"values ({error.func}), as some mixtures of experts do"
                 ) from error

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lit_rlhf.errors import ConfigError
 from lit_rlhf.planner.plan import KINDS, PHASES, Planner, Prediction, Setting, make_rows
 from lit_rlhf.planner.shapes import load_config
 
@@ -26,7 +27,7 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b?)\s*", text, re.IGNORECASE)
     if match is None or not float(match[1]):
-        raise ValueError(f"size {text!r} is not understood; write 24GiB, 80GB or 512MiB")
+        raise ConfigError(f"size {text!r} is not understood; write 24GiB, 80GB or 512MiB")
     base = 1000 if match[3].lower() == "b" else 1024
     return int(float(match[1]) * base ** UNITS[match[2].lower()])
 

@@ -7,6 +7,7 @@ import torch
 from transformers import GPT2Config, LlamaConfig, OPTConfig, PretrainedConfig
 
 from lit_rlhf.backbone import DType, read_config
+from lit_rlhf.errors import ModelFileError
 
 _KEYS = {
     LlamaConfig: ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -78,7 +79,7 @@ def load_config(model: str) -> PretrainedConfig:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise OSError(f"{error}. Built-in shapes: {', '.join(SHAPES)}") from error
+        raise ModelFileError(f"{error}. Built-in shapes: {', '.join(SHAPES)}") from error
 
 
 def depth(config: PretrainedConfig) -> int:

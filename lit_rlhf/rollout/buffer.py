@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
+from lit_rlhf.errors import ConfigError
 from lit_rlhf.rollout.experience import Experience, LengthGroup, length_groups
 
 
@@ -126,13 +127,13 @@ class RolloutBuffer(Callback):
             return
         self._check_checkpoints(trainer)
         if len(self) % trainer.accumulate_grad_batches:
-            raise ValueError(
+            raise ConfigError(
                 f"accumulate_grad_batches {trainer.accumulate_grad_batches} must divide the {len(self)} minibatches "
                 "of an iteration (inner_epochs * rollout_size / minibatch_size); else its last step would be smaller"
             )
         data: Any = getattr(trainer, "datamodule", None)
         if data is None or not hasattr(data, "prompt_batch"):
-            raise ValueError(f"{type(pl_module).__name__} needs a PromptData datamodule (or one with prompt_batch)")
+            raise ConfigError(f"{type(pl_module).__name__} needs a PromptData datamodule (or one with prompt_batch)")
         self._prompts_in_data = data.num_prompts
         self._ranks, self._accumulated = trainer.world_size, trainer.accumulate_grad_batches
         self._sampler = DistributedSampler(
@@ -144,7 +145,7 @@ class RolloutBuffer(Callback):
         )
         if len(self._sampler) < self.num_prompts:
             needed = self.num_prompts * trainer.world_size
-            raise ValueError(
+            raise ConfigError(
                 f"rollout_size {self.rollout_size} with {self.samples_per_prompt} response(s) a prompt on "
                 f"{trainer.world_size} rank(s) needs at least {needed} training prompts; the data has "
                 f"{data.num_prompts} (after holding out validation_size). Lower rollout_size or validation_size, or "
@@ -156,12 +157,12 @@ class RolloutBuffer(Callback):
             if not isinstance(callback, ModelCheckpoint):
                 continue
             if callback._every_n_train_steps or callback._train_time_interval is not None:
-                raise ValueError(
+                raise ConfigError(
                     "ModelCheckpoint saves by train steps or by time, which can fall inside an RL iteration, where a "
                     "run cannot be resumed exactly. Use every_n_epochs: one epoch is one iteration"
                 )
             if callback._save_on_train_epoch_end is False:
-                raise ValueError(
+                raise ConfigError(
                     "ModelCheckpoint needs save_on_train_epoch_end: true (or unset) for on-policy training"
                 )
             # Lightning's own guess saves after validation, inside the epoch, when validation is not run every epoch.
@@ -226,7 +227,7 @@ class RolloutBuffer(Callback):
             return
         for name, now in (("samples_per_prompt", self.samples_per_prompt), ("prompts_in_data", self._prompts_in_data)):
             if (before := state_dict.get(name, now)) != now:
-                raise ValueError(f"cannot resume: {name} was {before} and is now {now}")
+                raise ConfigError(f"cannot resume: {name} was {before} and is now {now}")
         self._check_rollout_size(int(state_dict["rollout_size"]), int(state_dict.get("ranks", self._ranks)))
         if (before := state_dict.get("step_size", self._step_size)) != self._step_size:
             rank_zero_warn(
@@ -241,10 +242,10 @@ class RolloutBuffer(Callback):
         if self.rollout_size * self._ranks == total:
             return
         if ranks == self._ranks:
-            raise ValueError(f"cannot resume: rollout_size was {before} and is now {self.rollout_size}")
+            raise ConfigError(f"cannot resume: rollout_size was {before} and is now {self.rollout_size}")
         fits = total % (self._ranks * self.samples_per_prompt) == 0
         advice = f"Set rollout_size to {total // self._ranks}" if fits else "Choose a number of ranks that divides it"
-        raise ValueError(
+        raise ConfigError(
             f"cannot resume: the checkpoint's run sampled {total} responses an iteration (rollout_size {before} on "
             f"{ranks} rank(s)), this one would sample {self.rollout_size * self._ranks} (rollout_size "
             f"{self.rollout_size} on {self._ranks}). {advice}: then every iteration draws the same prompts"

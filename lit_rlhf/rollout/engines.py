@@ -6,6 +6,7 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lit_rlhf.errors import ConfigError
 from lit_rlhf.rollout.decoding import DynamicDecoder
 from lit_rlhf.rollout.experience import Experience
 from lit_rlhf.rollout.generation import generate
@@ -76,7 +77,7 @@ class TransformersEngine(Engine):
 
     def __init__(self, cache: Literal["dynamic", "static"] = "dynamic", compile: bool = False) -> None:
         if compile and cache != "static":
-            raise ValueError("engine.compile needs engine.cache: static; the steps of a growing cache differ in shape")
+            raise ConfigError("engine.compile needs engine.cache: static; the steps of a growing cache differ in shape")
         self.compile = compile
         self.decoder = StaticDecoder(compile) if cache == "static" else DynamicDecoder()
 

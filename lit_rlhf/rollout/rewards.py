@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_rlhf.errors import ConfigError, RewardError
+
 
 @dataclass
 class Scored:
@@ -48,12 +50,8 @@ class RoleReward(Reward):
     def score(self, batch: Scored) -> Tensor:
         """Return the reward role's scores."""
         if batch.role_scores is None:
-            raise ValueError("RoleReward: the reward role was not run")
+            raise ConfigError("RoleReward: the reward role was not run")
         return batch.role_scores
-
-
-class RewardError(RuntimeError):
-    """A reward function raised, or did not answer in time."""
 
 
 class FunctionReward(Reward):
@@ -67,7 +65,7 @@ class FunctionReward(Reward):
 
     def __init__(self, function: Callable[..., Sequence[float]], timeout: float | None = None) -> None:
         if timeout is not None and timeout <= 0:
-            raise ValueError(f"timeout must be positive or null, got {timeout}")
+            raise ConfigError(f"timeout must be positive or null, got {timeout}")
         self.function = function
         self.timeout = timeout
 
@@ -85,7 +83,7 @@ class FunctionReward(Reward):
         """
         name = self.name
         if taken := {"prompts", "responses"} & set(batch.columns):
-            raise ValueError(
+            raise ConfigError(
                 f"reward function {name}: the data's column {sorted(taken)[0]!r} has the name of an argument"
             )
         try:
@@ -101,7 +99,7 @@ class FunctionReward(Reward):
                 f"({frame.filename}, line {frame.lineno}) {_first_of(batch)}"
             ) from error
         if len(values) != len(batch.responses):
-            raise ValueError(
+            raise ConfigError(
                 f"reward function {name} returned {len(values)} numbers for {len(batch.responses)} responses"
             )
         for index, value in enumerate(values):
@@ -111,7 +109,7 @@ class FunctionReward(Reward):
                 finite = False
             if not finite:
                 where = f"prompt {batch.prompts[index]!r}, response {batch.responses[index]!r}"
-                raise ValueError(f"reward function {name} returned {value!r} for sample {index} ({where})")
+                raise ConfigError(f"reward function {name} returned {value!r} for sample {index} ({where})")
         return torch.tensor([float(value) for value in values], dtype=torch.float32)
 
     def _call(self, batch: Scored) -> list[Any]:
@@ -167,7 +165,7 @@ class WeightedReward(Reward):
 
     def __init__(self, rewards: list[Reward], weights: list[float]) -> None:
         if len(rewards) != len(weights) or not rewards:
-            raise ValueError(f"WeightedReward: {len(rewards)} rewards need as many weights, got {len(weights)}")
+            raise ConfigError(f"WeightedReward: {len(rewards)} rewards need as many weights, got {len(weights)}")
         self.rewards, self.weights = rewards, weights
         self.needs_reward_role = any(reward.needs_reward_role for reward in rewards)
 

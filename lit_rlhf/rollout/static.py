@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
+from lit_rlhf.errors import ConfigError
 from lit_rlhf.rollout.decoding import DynamicDecoder
 
 # Lengths are rounded up to a multiple, so that prompts a little longer fit the cache that is there.
@@ -110,7 +111,7 @@ def new_static_cache(model: PreTrainedModel, length: int) -> StaticCache:
     other = {type(layer).__name__ for layer in cache.layers} - {StaticLayer.__name__, StaticSlidingWindowLayer.__name__}
     if other or not getattr(model, "_can_compile_fullgraph", False):
         why = f" (it keeps {', '.join(sorted(other))})" if other else ""
-        raise ValueError(f"{type(model).__name__} cannot be decoded with a static cache{why}; set cache to dynamic")
+        raise ConfigError(f"{type(model).__name__} cannot be decoded with a static cache{why}; set cache to dynamic")
     return cache
 
 

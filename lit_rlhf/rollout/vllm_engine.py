@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lit_rlhf.errors import ConfigError, MissingPackageError
 from lit_rlhf.rollout.engines import Engine
 from lit_rlhf.rollout.experience import Experience
 from lit_rlhf.rollout.generation import as_experience
@@ -43,7 +44,7 @@ class VLLMEngine(Engine):
 
     def __init__(self, gpu_memory_utilization: float = 0.4, options: dict[str, Any] | None = None) -> None:
         if importlib.util.find_spec("vllm") is None:
-            raise ImportError("VLLMEngine needs vLLM: pip install vllm, or leave model.engine out")
+            raise MissingPackageError("VLLMEngine needs vLLM: pip install vllm, or leave model.engine out")
         self.gpu_memory_utilization = gpu_memory_utilization
         self.options = dict(options or {})
         self._llm: Any = None
@@ -72,11 +73,11 @@ class VLLMEngine(Engine):
                 log-probs are asked for; or neither samples nor greedy responses are.
         """
         if in_step or (dist.is_initialized() and dist.get_world_size() > 1):
-            raise ValueError("VLLMEngine runs in one process on one GPU; leave model.engine out with several devices")
+            raise ConfigError("VLLMEngine runs in one process on one GPU; leave model.engine out with several devices")
         if keep_log_probs:
-            raise ValueError("VLLMEngine gives no log-probs; set keep_log_probs to false")
+            raise ConfigError("VLLMEngine gives no log-probs; set keep_log_probs to false")
         if samples == 0 and not greedy:
-            raise ValueError("generate: samples is 0 and greedy is False, so there is nothing to decode")
+            raise ConfigError("generate: samples is 0 and greedy is False, so there is nothing to decode")
         request = self._hand_over(model)
         prompts = [
             {"prompt_token_ids": row[kept].tolist()} for row, kept in zip(tokens, attention_mask.bool(), strict=True)
@@ -157,9 +158,9 @@ def active_lora(model: PreTrainedModel) -> tuple[dict[str, Tensor], LoraConfig]:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and not m.disable_adapters}
     active = {name for layer in layers.values() for name in layer.active_adapters}
     if len(active) != 1:
-        raise ValueError(f"{why}this one reads {', '.join(sorted(active)) or 'none'}")
+        raise ConfigError(f"{why}this one reads {', '.join(sorted(active)) or 'none'}")
     if any(p.requires_grad for name, p in model.named_parameters() if ".lora_" not in name):
-        raise ValueError(f"{why}here the trunk's own weights are trained too")
+        raise ConfigError(f"{why}here the trunk's own weights are trained too")
     (name,) = active
     tensors, scalings = {}, {}
     path: str
@@ -168,7 +169,7 @@ def active_lora(model: PreTrainedModel) -> tuple[dict[str, Tensor], LoraConfig]:
         if name not in layer.lora_A:
             continue
         if name in layer.lora_magnitude_vector:
-            raise ValueError(f"{why}this set is DoRA, which vLLM does not read")
+            raise ConfigError(f"{why}this set is DoRA, which vLLM does not read")
         scalings[layer.r[name], layer.scaling[name]] = path
         for part, weight in (("lora_A", layer.lora_A[name].weight), ("lora_B", layer.lora_B[name].weight)):
             tensors[f"base_model.model.{path}.{part}.weight"] = weight.detach().cpu().contiguous()

@@ -16,7 +16,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 from lit_rlhf import PPO, AdaptiveKL, LoraArgs, PreferenceData, PromptData, ReMax, Reward, RewardModel
-from lit_rlhf.callbacks import NonFiniteError
+from lit_rlhf.errors import NonFiniteError
 from lit_rlhf.rollout import Experience, Scored
 
 NAN, INF = float("nan"), float("inf")

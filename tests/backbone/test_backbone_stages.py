@@ -18,7 +18,7 @@ from lit_rlhf.backbone import (
     supervised_layout,
 )
 from lit_rlhf.backbone.lora_sets import concatenate
-from lit_rlhf.checkpoint_files import CheckpointError
+from lit_rlhf.checkpoints.files import CheckpointError
 
 ROLES = ("actor", "critic", "reference", "reward")
 SFT = {"actor": "lm"}

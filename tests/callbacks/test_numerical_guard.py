@@ -10,7 +10,8 @@ from helpers import make_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lit_rlhf.callbacks import NonFiniteError, NumericalGuard, SafeCheckpoints
+from lit_rlhf.callbacks import NumericalGuard, SafeCheckpoints
+from lit_rlhf.errors import NonFiniteError
 
 NAN, INF = float("nan"), float("inf")
 

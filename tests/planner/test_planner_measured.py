@@ -9,8 +9,8 @@ import pytest
 from helpers import TINY, adamw, count_e, make_trainer, write_jsonl
 
 from lit_rlhf import PPO, SFT, FunctionReward, InstructionData, LoraArgs, PromptData, ReMax, Sampling
-from lit_rlhf.callbacks.phases import PhaseListener
 from lit_rlhf.planner import PHASES, LiveBytes, Planner, Setting, load_config, make_rows
+from lit_rlhf.rollout.phases import PhaseListener
 
 ASSETS = Path(__file__).parents[2] / "lit_rlhf" / "assets" / "tiny"
 Peaks = dict[str, int]

@@ -211,4 +211,4 @@ def test_our_code_reads_no_pickles_and_runs_no_strings() -> None:
                 assert words.get("weights_only") in ("True", "weights_only"), where
                 assert "allow_pickle" not in words, where
     ours = sorted(name for name in loads if name.startswith("lit_rlhf/"))
-    assert ours == ["lit_rlhf/checkpoint_files.py", "lit_rlhf/checkpoint_folders.py"]
+    assert ours == ["lit_rlhf/checkpoints/files.py", "lit_rlhf/checkpoints/folders.py"]

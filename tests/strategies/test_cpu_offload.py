@@ -12,7 +12,7 @@ import torch
 from helpers import make_ppo
 from lightning.pytorch.plugins.precision import MixedPrecision
 
-from lit_rlhf.backbone import StrategyError
+from lit_rlhf.errors import StrategyError
 from lit_rlhf.strategies import FSDP2Strategy, check_strategy, offload_backend
 
 RUN = """

@@ -28,14 +28,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from lit_rlhf.checkpoint_files import (
-    CheckpointError,
+from lit_rlhf.checkpoints.files import (
     disk_error,
     load_plain,
     sync_folder,
     why_not_read,
     why_not_written,
 )
+from lit_rlhf.errors import CheckpointError
 
 # Lightning's and torch's names: all that is not sharded, and which shard lies where.
 REST, INDEX = "meta.pt", ".metadata"

@@ -20,9 +20,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from lit_rlhf import PromptData, checkpoint_folders
-from lit_rlhf.checkpoint_files import CheckpointError
-from lit_rlhf.checkpoint_folders import load_folder, put_in_place, read_rest, remove, save_folder, settle
+from lit_rlhf import PromptData
+from lit_rlhf.checkpoints import folders as checkpoint_folders
+from lit_rlhf.checkpoints.files import CheckpointError
+from lit_rlhf.checkpoints.folders import load_folder, put_in_place, read_rest, remove, save_folder, settle
 from lit_rlhf.strategies import FSDP2Strategy
 
 FULL = OSError(errno.ENOSPC, "No space left on device")

@@ -22,8 +22,7 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers import make_ppo
 
-from lit_rlhf.backbone import shard
-from lit_rlhf.strategies import FSDP2Strategy, _gathered, _like
+from lit_rlhf.strategies import FSDP2Strategy, _gathered, _like, shard
 
 
 class Event:

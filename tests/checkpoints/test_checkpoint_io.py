@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lit_rlhf import PromptData
 from lit_rlhf.backbone.stages import read_checkpoint
-from lit_rlhf.callbacks import AtomicCheckpointIO, CheckpointError
+from lit_rlhf.checkpoints import AtomicCheckpointIO, CheckpointError
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -77,7 +77,7 @@ def test_errors_that_are_not_the_disks_stay_what_they_are(tmp_path: Path) -> Non
 
 LIMITED = """
 import resource, sys
-from lit_rlhf.callbacks import AtomicCheckpointIO, CheckpointError
+from lit_rlhf.checkpoints import AtomicCheckpointIO, CheckpointError
 import torch
 io, path = AtomicCheckpointIO(), sys.argv[1]
 io.save_checkpoint({"state_dict": {"w": torch.ones(1000)}}, path)

@@ -9,11 +9,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import torch
 
-
-class CheckpointError(ValueError):
-    """A checkpoint could not be written, or is not one that can be read."""
+from lit_rlhf.errors import CheckpointError
 
 
 def load_file(file: Path, map_location: Any = "cpu", weights_only: bool = True, mmap: bool = False) -> dict[str, Any]:
@@ -99,3 +98,9 @@ def why_not_written(target: Path, error: Exception) -> str:
     else:
         rest = "There is no earlier file of that name. Free some space, or give ModelCheckpoint another dirpath"
     return f"checkpoint {target} could not be written: {getattr(error, 'strerror', None) or error}{space}. {rest}"
+
+
+def local_path(path: str | Path) -> Path | None:
+    """Return the path of a local file, None for a remote one."""
+    file_system, local = fsspec.core.url_to_fs(str(path))
+    return Path(local) if "file" in file_system.protocol else None

@@ -8,7 +8,6 @@ from torch import nn
 from torch.distributed import broadcast, broadcast_object_list
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
-    FSDPModule,
     OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
@@ -16,11 +15,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lit_rlhf.backbone.backbone import Backbone
-
-
-class StrategyError(ValueError):
-    """A strategy of the trainer that lit_rlhf cannot train under."""
+from lit_rlhf.backbone import Backbone
+from lit_rlhf.errors import StrategyError
 
 
 def data_parallel_mesh(mesh: Any) -> Any:
@@ -94,11 +90,6 @@ def shard(
     local = [n for n, p in backbone.named_parameters() if n in trained and not isinstance(p, DTensor)]
     if local:
         raise RuntimeError(f"these trained parameters are not sharded, so their gradients stay local: {local[:3]} ...")
-
-
-def is_sharded(backbone: Backbone) -> bool:
-    """Whether :func:`shard` has run; parameters cannot tell, since gathered ones look like any others."""
-    return any(isinstance(module, FSDPModule) for module in backbone.modules())
 
 
 def _agree(backbone: Backbone, mesh: Any) -> dict[int, torch.dtype]:

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from helpers import make_ppo, count_e
 from lit_rlhf import FunctionReward, LoraArgs
 from lit_rlhf.backbone import build_backbone
-from lit_rlhf.backbone.sharding import _own_tensors
+from lit_rlhf.strategies.sharding import _own_tensors
 
 folder, cases = Path(sys.argv[2]), json.loads(sys.argv[3])
 dist.init_process_group("gloo")

@@ -1,0 +1,41 @@
+"""Errors that a user can mend: each message says what is wrong, where, and what to do.
+
+The command line prints such an error as it is, without a traceback. Everything else that is raised is a bug, ours or a
+library's, and keeps its traceback. Each class is also the built-in exception that fits, for callers from Python.
+"""
+
+
+class LitRLHFError(Exception):
+    """Base of every error of the user's making, or of the user's files, models and machines."""
+
+
+class ConfigError(LitRLHFError, ValueError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class StrategyError(ConfigError):
+    """A strategy of the trainer that lit_rlhf cannot train under."""
+
+
+class CheckpointError(LitRLHFError, ValueError):
+    """A checkpoint could not be written, or is not one that can be read or resumed."""
+
+
+class ModelFileError(LitRLHFError, OSError):
+    """A model's or a tokenizer's files are damaged, or cannot be read."""
+
+
+class ModelNotFoundError(ModelFileError, FileNotFoundError):
+    """A name of a model or a tokenizer leads to nothing."""
+
+
+class MissingPackageError(LitRLHFError, ImportError):
+    """An optional package is not installed."""
+
+
+class NonFiniteError(LitRLHFError, RuntimeError):
+    """A number that training cannot use: NaN or infinite."""
+
+
+class RewardError(LitRLHFError, RuntimeError):
+    """A reward function raised, or did not answer in time."""

@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     )
     from lit_rlhf.backbone import LAYOUTS, Backbone, Layout, LoraArgs, Role, Trunk
     from lit_rlhf.data import InstructionData, PreferenceData, PromptData
-    from lit_rlhf.functional import AdaptiveKL, FixedKL, KLController
     from lit_rlhf.rollout import (
+        AdaptiveKL,
         Engine,
         Experience,
+        FixedKL,
         FunctionReward,
+        KLController,
         Reward,
         RoleReward,
         RolloutBuffer,
@@ -58,18 +60,17 @@ _ROOMS = {
     ],
     "backbone": ["LAYOUTS", "Backbone", "Layout", "LoraArgs", "Role", "Trunk"],
     "data": ["InstructionData", "PreferenceData", "PromptData"],
-    "functional": ["AdaptiveKL", "FixedKL", "KLController"],
     "rollout": [
-        "Engine",
+        "AdaptiveKL",
         "Engine",
         "Experience",
+        "FixedKL",
         "FunctionReward",
+        "KLController",
         "Reward",
         "RoleReward",
         "RolloutBuffer",
         "Sampling",
-        "TransformersEngine",
-        "VLLMEngine",
         "TransformersEngine",
         "VLLMEngine",
         "WeightedReward",

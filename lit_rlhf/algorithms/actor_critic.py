@@ -1,34 +1,43 @@
-"""The base of on-policy algorithms with a critic: value loss, its own learning rate, and what keeps it stable."""
+"""The base of on-policy algorithms with a critic: one composed loss, and what keeps it stable."""
 
 from typing import Any, ClassVar
 
-import torch
+from lightning.pytorch import Callback
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lit_rlhf.algorithms.on_policy import OnPolicyModule
-from lit_rlhf.algorithms.ranges import out_of_range
-from lit_rlhf.functional import clipped_value_loss, explained_variance, finish_moments, moments
+from lit_rlhf.algorithms.settings import out_of_range
+from lit_rlhf.callbacks import CriticWarmup
+from lit_rlhf.functional import (
+    clipped_value_loss,
+    differentiate_now,
+    entropy_bonus,
+    explained_variance,
+    finish_moments,
+    moments,
+)
 from lit_rlhf.rollout import Experience
+from lit_rlhf.strategies.ranks import only_trainer_may_differentiate
 
 
 class ActorCriticModule(OnPolicyModule):
-    """On-policy training of an actor and a critic, on separate LoRA sets or a shared one.
+    """Trains an actor and a critic: ``policy_loss + value_coef * value_loss - entropy_coef * entropy``.
 
-    The last three arguments are for ``j_hydra``, where both losses pull at one LoRA set (Santacroce et al. 2023,
-    arXiv:2309.00754, found it unstable); what they did is measured in ``experiments/results``. A rank of the critic's
-    own is ``layout: hydra`` with ``lora.ranks: {critic: 4}``.
+    A subclass defines ``estimate`` and ``policy_loss``. The last three arguments are for ``j_hydra``, where both losses
+    pull at one adapter (Santacroce et al. 2023, arXiv:2309.00754, found it unstable); what they did is measured in
+    ``experiments/results``. A rank of the critic's own is ``layout: hydra`` with ``lora.ranks: {critic: 4}``.
 
     Args:
         gamma: Discount.
         value_clip: Range of the values around the old ones; None does not clip.
         value_coef: Weight of the value loss.
+        entropy_coef: Weight of the entropy bonus.
         critic_lr: Learning rate of the critic's own parameters; None uses the optimizer's.
         critic_warmup_iterations: First iterations, in which only the critic's own parameters are updated.
         value_gradient: Factor on the value loss's gradient into what the actor reads too; 0 leaves the value head alone
-            to learn values. Changes nothing where the critic has a LoRA set or a trunk of its own.
+            to learn values. Changes nothing where the critic has an adapter or a trunk of its own.
         balance_losses: Divide the value loss by the variance of the rollout's returns, so that the reward's scale does
-            not decide which of the two losses moves a shared LoRA set.
+            not decide which of the two losses moves a shared adapter.
         **kwargs: See :class:`OnPolicyModule`.
     """
 
@@ -39,21 +48,23 @@ class ActorCriticModule(OnPolicyModule):
         gamma: float = 1.0,
         value_clip: float | None = 0.2,
         value_coef: float = 0.1,
+        entropy_coef: float = 0.0,
         critic_lr: float | None = None,
         critic_warmup_iterations: int = 0,
         value_gradient: float = 1.0,
         balance_losses: bool = False,
         **kwargs: Any,
     ) -> None:
+        super().__init__(**kwargs)
         self.gamma = gamma
         self.value_clip = value_clip
         self.value_coef = value_coef
+        self.entropy_coef = entropy_coef
         self.critic_lr = critic_lr
         self.critic_warmup_iterations = critic_warmup_iterations
         self.value_gradient = value_gradient
         self.balance_losses = balance_losses
         self._returns_variance = 1.0
-        super().__init__(**kwargs)
 
     def problems(self) -> list[str]:
         """Add the critic's settings."""
@@ -61,49 +72,50 @@ class ActorCriticModule(OnPolicyModule):
             self,
             unit=("gamma",),
             positive=("value_clip", "critic_lr"),
-            not_negative=("value_coef", "critic_warmup_iterations", "value_gradient"),
+            not_negative=("value_coef", "entropy_coef", "critic_warmup_iterations", "value_gradient"),
         )
 
-    def read(self, minibatch: Experience) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
-        """Read actor and critic on a minibatch.
+    def configure_callbacks(self) -> list[Callback]:
+        """Add the critic's warm-up."""
+        warmup = [CriticWarmup(self.critic_warmup_iterations)] if self.critic_warmup_iterations else []
+        return [*super().configure_callbacks(), *warmup]
 
-        Returns:
-            The actor's log-probs ``[B, T]`` under ``actor`` (and the policy's ``entropy``, where the options ask for
-            it); the weighted value loss; what to log about it. A critic with a pass of its own is differentiated before
-            the actor's pass begins, so that the activations of one pass are alive at a time.
+    def loss(self, minibatch: Experience) -> Tensor:
+        """Return policy, value and entropy losses in one: Lightning runs one backward pass.
+
+        A critic with a forward pass of its own is differentiated before the actor's pass begins, so that the
+        activations of one pass are alive at a time.
         """
-        if self._reads_jointly():
-            read = self.read_for_loss(("actor", "critic"), minibatch)
-            return read, *self.value_loss(read["critic"], minibatch)
-        loss, stats = self.value_loss(self.read_for_loss(("critic",), minibatch)["critic"], minibatch)
-        if torch.is_grad_enabled():
-            loss = differentiate_now(loss, list(self.backbone.role_parameters("critic").values()))
-        return self.read_for_loss(("actor",), minibatch), loss, stats
+        b = minibatch
+        outputs = self.backbone(self.loss_passes()[0], *b.inputs, **self.pass_options())
+        value_loss, value_stats = self.value_loss(outputs.pop("critic"), b)
+        if "actor" not in outputs:
+            if value_loss.requires_grad:
+                value_loss = differentiate_now(value_loss, list(self.backbone.role_parameters("critic").values()))
+            outputs = self.backbone(("actor",), *b.inputs, **self.pass_options())
+        policy_loss, stats = self.policy_loss(outputs["actor"], b)
+        self.minibatch_stats = {**stats, **value_stats}
+        loss = policy_loss + value_loss
+        if self.entropy_coef > 0:
+            loss = loss - self.entropy_coef * entropy_bonus(outputs["entropy"], b.mask, count=b.count)
+        return loss
 
-    def reading_options(self) -> dict[str, Any]:
-        """Add the factor on the value gradient."""
-        return {**super().reading_options(), "value_gradient": self.value_gradient}
-
-    def roles_to_carry(self, experience: Experience) -> tuple[str, ...]:
-        """The critic's graph, which the loss needs first, or the one graph of both."""
-        return ("actor", "critic") if self._reads_jointly() else ("critic",)
-
-    def _reads_jointly(self) -> bool:
-        """Whether one graph holds both: they share a pass, or only the trainer's own backward pass will do.
-
-        Under FSDP2 that pass reduces the gradients; a loss scaler keeps float16's from vanishing.
-        """
-        scaler = None if self._trainer is None else getattr(self.trainer.precision_plugin, "scaler", None)
+    def loss_passes(self) -> list[tuple[str, ...]]:
+        """One pass where actor and critic share it, or only the trainer may run backward; else the critic's first."""
         shared = len(self.backbone.passes(("actor", "critic"))) == 1
-        return shared or scaler is not None or self.backbone.is_sharded
+        if shared or only_trainer_may_differentiate(self, self.backbone.is_sharded):
+            return [("actor", "critic")]
+        return [("critic",), ("actor",)]
+
+    def pass_options(self) -> dict[str, Any]:
+        """Add the factor on the value gradient, and the entropy where it has a weight."""
+        return {"value_gradient": self.value_gradient, "entropy": self.entropy_coef > 0}
 
     def value_loss(self, values: Tensor, minibatch: Experience) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted value loss of ``[B, T]`` values, and what to log about it."""
         b = minibatch
-        loss, stats = clipped_value_loss(
-            values, b.require("values"), b.require("returns"), b.mask, self.value_clip, count=b.count
-        )
-        explained = explained_variance(values, b.require("returns"), b.mask)
+        loss, stats = clipped_value_loss(values, b.values, b.returns, b.mask, self.value_clip, count=b.count)
+        explained = explained_variance(values, b.returns, b.mask)
         stats = {"value_loss": loss.detach(), "explained_variance": explained, **stats}
         return self.value_coef / self._returns_variance * loss, stats
 
@@ -123,45 +135,3 @@ class ActorCriticModule(OnPolicyModule):
         if self.critic_lr is not None:
             critic["lr"] = self.critic_lr
         return [{"params": list(actor.values())}, critic]
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Leave the actor's parameters without gradients while the critic warms up: no step, no decay, no momentum."""
-        if self.current_epoch < self.critic_warmup_iterations:
-            drop_gradients(optimizer.param_groups[:1])
-
-
-class _Differentiated(torch.autograd.Function):
-    """A loss whose gradients are known already; they are multiplied by what comes from above."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
-        """Keep the gradients and return the loss."""
-        ctx.gradients = gradients
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, above: Tensor) -> Any:
-        """Hand them out, once."""
-        gradients, ctx.gradients = ctx.gradients, None
-        return None, None, *(gradient.mul_(above) for gradient in gradients)
-
-
-def differentiate_now(loss: Tensor, parameters: list[torch.nn.Parameter]) -> Tensor:
-    """Differentiate a loss and free its graph; the loss returned hands the gradients on in its own backward pass.
-
-    Its value and gradients are those of ``loss``. Hooks on the parameters (DDP's) see one backward pass as ever.
-
-    Args:
-        loss: 0-dim.
-        parameters: Everything that the loss is to be differentiated by.
-    """
-    with torch.autocast(loss.device.type, enabled=False):  # as the trainer's own backward pass
-        gradients = list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
-    return _Differentiated.apply(loss.detach(), gradients, *parameters)
-
-
-def drop_gradients(groups: list[dict[str, Any]]) -> None:
-    """Leave these parameters as they are in the coming optimizer step."""
-    for group in groups:
-        for parameter in group["params"]:
-            parameter.grad = None

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
-import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
+from lit_rlhf.algorithms.settings import layout_problems, optimizer_problems, precision_problems
 from lit_rlhf.backbone import (
     RECORD_KEY,
     Backbone,
@@ -37,11 +37,12 @@ from lit_rlhf.callbacks import NumericalGuard, OnNonFinite, SafeCheckpoints, Sto
 from lit_rlhf.checkpoints.files import load_file
 from lit_rlhf.checkpoints.folders import read_rest, settle
 from lit_rlhf.errors import ConfigError
-from lit_rlhf.strategies import check_strategy, data_parallel_mesh, shard
+from lit_rlhf.strategies import check_strategy, data_parallel_mesh, shard_module
+from lit_rlhf.strategies.ranks import sum_over_ranks, trainer_of
 
 
 class BackboneModule(L.LightningModule):
-    """Base of all algorithms.
+    """Base of all algorithms. A subclass says which layout it trains (:meth:`make_layout`) and how.
 
     Args:
         model: Base model: hub name, local folder, ``.gguf`` file, ``package:NAME`` (the GGUF file of an installed
@@ -49,8 +50,8 @@ class BackboneModule(L.LightningModule):
         optimizer: Optimizer class path with all its arguments.
         lr_scheduler: Learning-rate schedule.
         tokenizer: Tokenizer name, in the forms of ``model``; None means the model's own.
-        dtype: Dtype of the trunks. LoRA sets and scalar heads are float32 always.
-        lora: The trained LoRA sets; None trains the whole trunk.
+        dtype: Dtype of the trunks. Adapters and scalar heads are float32 always.
+        lora: The trained adapters; None trains the whole trunk.
         policy_checkpoint: Stage checkpoint the policy trunks start from; None starts from ``model`` itself.
         quantization: ``int8`` or ``nf4`` holds frozen trunks in 8 or 4 bits (bitsandbytes, on CUDA).
         gradient_checkpointing: Recompute activations in backward: less memory, more time.
@@ -58,15 +59,14 @@ class BackboneModule(L.LightningModule):
             ``gradient_checkpointing`` or a compiled engine.
         on_non_finite: At a NaN or infinity in reward, log-probs, loss or gradient, ``raise`` stops the run and names
             the samples; ``skip_step`` leaves that optimizer step out and counts it.
-
-    Raises:
-        ValueError: Settings exclude each other.
     """
 
     lr_interval: ClassVar[str] = "step"
     progress_metrics: ClassVar[frozenset[str]] = frozenset({"train/loss"})
     sigterm_callback: ClassVar[type[StopOnSigterm]] = StopAfterStep
     entry_methods: ClassVar[tuple[str, ...]] = ("training_step", "validation_step", "test_step", "predict_step")
+
+    backbone: Backbone
 
     def __init__(
         self,
@@ -83,50 +83,59 @@ class BackboneModule(L.LightningModule):
         on_non_finite: OnNonFinite = "raise",
     ) -> None:
         super().__init__()
-        if compile_layers and gradient_checkpointing:
-            # The context that puts the right LoRA set back in recomputation is none that torch can trace.
-            raise ConfigError("compile_layers and gradient_checkpointing exclude each other; leave one of them out")
         self.spec = BackboneSpec(model, tokenizer, dtype, lora, policy_checkpoint, quantization=quantization)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_layers = compile_layers
-        self.guard = NumericalGuard(on_non_finite)
+        self.on_non_finite = on_non_finite
         # Checkpoints hold the trainables only; `on_load_checkpoint` compares the names instead.
         self.strict_loading = False
-        self.backbone: Backbone
         self.temperature = 1.0
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._eos_ids: list[int] = []
+
+    # ---- before any weights load --------------------------------------------------------------------------------
+
+    def make_layout(self) -> Layout:
+        """Return the layout of this run; the one thing a new kind of stage has to say about its model."""
+        raise NotImplementedError(f"{type(self).__name__} must define make_layout")
+
+    def problems(self) -> list[str]:
+        """Hook: return everything wrong with the settings, one line each; a subclass adds its own to ``super()``'s.
+
+        It is asked before any weights load; whether there is a trainer, :func:`trainer_of` says.
+        """
+        found = []
+        if self.compile_layers and self.gradient_checkpointing:
+            # torch cannot trace the context that puts the right adapter back in recomputation.
+            found.append("compile_layers and gradient_checkpointing exclude each other; leave one of them out")
+        trainer = trainer_of(self)
+        found += precision_problems(None if trainer is None else trainer.precision)
+        found += optimizer_problems(self.optimizer, self.lr_scheduler)
+        return found + layout_problems(self.make_layout, self.spec.lora)
+
+    def check_settings(self) -> None:
+        """Refuse settings that cannot work, all of them at once; no files are read.
+
+        Raises:
+            ConfigError: There are :meth:`problems`.
+        """
+        if problems := self.problems():
+            raise ConfigError("invalid configuration:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
     def setup(self, stage: str) -> None:
         """Refuse what cannot run, before any weights load.
 
         Raises:
             StrategyError: See :func:`lit_rlhf.strategies.check_strategy`.
-            ValueError: The trainer's precision would cast LoRA sets, heads and Adam's moments along with the trunk; the
-                optimizer or the schedule refuses its arguments; or the data are beyond the model.
-            OSError: A model's files are missing or damaged.
+            ConfigError: There are :meth:`problems`, a checkpoint lacks what the layout needs, or the data are beyond
+                the model.
+            ModelFileError: A model's files are missing or damaged.
         """
         check_strategy(self.trainer.strategy, self.spec.quantization is not None)
-        if str(self.trainer.precision) in ("bf16-true", "16-true"):
-            raise ConfigError(
-                f"precision {self.trainer.precision} would cast LoRA sets, heads and optimizer state too. Use "
-                "trainer.precision: 32-true with model.dtype: bfloat16: only the trunk is stored in 16 bits"
-            )
-        if stage == "fit":
-            self._try_optimizer()
+        self.check_settings()
         check_artefacts(self.spec, self.make_layout())
         self.check_data(getattr(self.trainer, "datamodule", None))
-
-    def _try_optimizer(self) -> None:
-        """Build optimizer and schedule for a parameter of their own, to see whether they take their arguments."""
-        try:
-            optimizer = self.optimizer([torch.nn.Parameter(torch.zeros(1, 1))])
-            if self.lr_scheduler is not None:
-                self.lr_scheduler(optimizer)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"optimizer or lr_scheduler: {error}") from error
 
     def check_data(self, data: Any, response_length: int = 0) -> None:
         """Refuse data that the model cannot read.
@@ -136,10 +145,10 @@ class BackboneModule(L.LightningModule):
             response_length: Most tokens that are sampled behind each sequence.
 
         Raises:
-            ValueError: See :func:`lit_rlhf.backbone.check_model`.
+            ConfigError: See :func:`lit_rlhf.backbone.check_model`.
         """
-        parts = [getattr(data, name, None) for name in ("train_dataset", "val_dataset")]
-        known: list[Any] = [part for part in parts if hasattr(part, "longest")]
+        parts: list[Any] = [getattr(data, name, None) for name in ("train_dataset", "val_dataset")]
+        known = [part for part in parts if hasattr(part, "longest")]
         longest = max((part.longest() for part in known), default=0)
         check_model(
             self.spec, self.tokenizer, longest, response_length, lambda: max(part.largest_id() for part in known)
@@ -147,15 +156,13 @@ class BackboneModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Guard every run's numbers, checkpoints and end; a subclass adds its own."""
-        return [self.guard, SafeCheckpoints(), self.sigterm_callback()]
+        return [NumericalGuard(self.on_non_finite), SafeCheckpoints(), self.sigterm_callback()]
 
-    def make_layout(self) -> Layout:
-        """Return the layout of this run; the one thing a new kind of stage has to say about its model."""
-        raise NotImplementedError(f"{type(self).__name__} must define make_layout")
+    # ---- the model ----------------------------------------------------------------------------------------------
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer; data modules read it from here."""
+        """The tokenizer; data modules take it from here."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.spec.tokenizer or self.spec.model)
         return self._tokenizer
@@ -168,7 +175,7 @@ class BackboneModule(L.LightningModule):
     @property
     def eos_ids(self) -> list[int]:
         """Every token id that ends a response."""
-        return self._eos_ids
+        return sorted({int(self.tokenizer.eos_token_id), *self.backbone.eos_token_ids})
 
     def configure_model(self) -> None:
         """Build the backbone, once, and shard it under FSDP2.
@@ -176,23 +183,20 @@ class BackboneModule(L.LightningModule):
         Raises:
             StrategyError: The device mesh has a tensor-parallel dimension.
         """
-        mesh = None if self.device_mesh is None else data_parallel_mesh(self.device_mesh)
-        # bitsandbytes quantises while it loads, and its tensors carry state of their own: every rank loads those.
+        mesh: Any = None if self.device_mesh is None else data_parallel_mesh(self.device_mesh)
+        # bitsandbytes quantizes while it loads, and its tensors carry state of their own: every rank loads those.
         from_first_rank = mesh is not None and mesh.size() > 1 and self.spec.quantization is None
         if not hasattr(self, "backbone"):
-            skeleton = from_first_rank and mesh is not None and mesh.get_local_rank() > 0
-            layout = self.make_layout()
+            skeleton = from_first_rank and mesh.get_local_rank() > 0
             with without_weights() if skeleton else nullcontext():
-                self.backbone = build_backbone(self.spec, layout, self.gradient_checkpointing, self.temperature)
+                self.backbone = build_backbone(
+                    self.spec, self.make_layout(), self.gradient_checkpointing, self.temperature
+                )
             self.spec.fingerprints = self.spec.fingerprints or fingerprint_parents(self.spec)
             if self.compile_layers:
                 compile_layers(self.backbone)
-        if mesh is not None and not self.backbone.is_sharded:
-            strategy = None if self._trainer is None else self._trainer.strategy
-            reshard = getattr(strategy, "reshard_after_forward", True)
-            offload = getattr(strategy, "cpu_offload", False)
-            shard(self, self.backbone, mesh, self.entry_methods, reshard, from_first_rank, offload)
-        self._eos_ids = sorted({int(self.tokenizer.eos_token_id), *self.backbone.eos_token_ids})
+        if mesh is not None:
+            shard_module(self, mesh, from_first_rank)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's parameter groups."""
@@ -206,12 +210,11 @@ class BackboneModule(L.LightningModule):
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
         # Only ReduceLROnPlateau has a monitor.
-        schedule = {
-            "scheduler": scheduler,
-            "interval": self.lr_interval,
-            "monitor": getattr(scheduler, "monitor", None),
-        }
+        monitor = getattr(scheduler, "monitor", None)
+        schedule = {"scheduler": scheduler, "interval": self.lr_interval, "monitor": monitor}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the trained tensors only."""
@@ -288,22 +291,9 @@ class BackboneModule(L.LightningModule):
             key = f"{prefix}/{name}"
             self.log(key, value, prog_bar=key in self.progress_metrics, **kwargs)
 
-    def mean_over_ranks(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return 0-dim values averaged over all ranks, at once.
-
-        For logging by epoch: ``sync_dist`` averages when a value is first asked for, and the first rank's progress bar
-        asks before the other ranks do.
-        """
-        if self._trainer is None or self.trainer.world_size == 1:
-            return dict(values)
-        stacked = torch.stack([value.float().to(self.device) for value in values.values()])
-        return dict(zip(values, self.trainer.strategy.reduce(stacked, reduce_op="mean").unbind(), strict=True))
-
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over all ranks (without a trainer: itself)."""
-        if self._trainer is None:
-            return tensor
-        return self.trainer.strategy.reduce(tensor.clone(), reduce_op="sum")
+        """Return a tensor summed over all ranks (without a trainer: itself)."""
+        return sum_over_ranks(self, tensor)
 
 
 def _named(key: str, value: Any) -> str:

@@ -5,11 +5,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torchmetrics import Metric
 
+from lit_rlhf.algorithms.settings import out_of_range
 from lit_rlhf.algorithms.supervised import Batch, SupervisedModule
 from lit_rlhf.backbone import Layout, LoraArgs, find_layout
 from lit_rlhf.backbone.roles import HeadName
 from lit_rlhf.data import PreferenceData
-from lit_rlhf.errors import ConfigError
 from lit_rlhf.functional import dpo_loss, masked_sum
 from lit_rlhf.metrics import PairwiseAccuracy, RewardMargin
 
@@ -38,15 +38,18 @@ class DPO(SupervisedModule):
         label_smoothing: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        if beta <= 0 or not 0 <= label_smoothing < 0.5:
-            raise ConfigError(
-                f"beta must be positive and label_smoothing in [0, 0.5), got beta {beta}, "
-                f"label_smoothing {label_smoothing}"
-            )
-        self.layout = find_layout(layout)
-        super().__init__(lora=(lora or LoraArgs()) if self.layout.trains_lora else None, **kwargs)
+        named = find_layout(layout)
+        super().__init__(lora=(lora or LoraArgs()) if named.trains_lora else None, **kwargs)
+        self.layout = named
         self.beta = beta
         self.label_smoothing = label_smoothing
+
+    def problems(self) -> list[str]:
+        """Add DPO's own settings."""
+        found = super().problems() + out_of_range(self, positive=("beta",))
+        if not 0 <= self.label_smoothing < 0.5:
+            found.append(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        return found
 
     def make_layout(self) -> Layout:
         """Return the named layout's actor and reference."""

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_rlhf.algorithms.on_policy import OnPolicyModule
-from lit_rlhf.algorithms.ranges import out_of_range
+from lit_rlhf.algorithms.settings import out_of_range
 from lit_rlhf.functional import (
     Aggregation,
     KLEstimator,
@@ -22,8 +22,8 @@ class GRPO(OnPolicyModule):
 
     Paper    Shao et al. 2024 (DeepSeekMath), arXiv:2402.03300, Eq. 3 and 4
     Overrides
-        estimate  advantage = (score - group mean) / group deviation, the same for every token of a response
-        loss      clipped policy loss + beta * k3(pi || pi_ref): the penalty is in the loss, not in the reward
+        estimate     advantage = (score - group mean) / group deviation, the same for every token of a response
+        policy_loss  clipped policy loss + beta * k3(pi || pi_ref): the penalty is in the loss, not in the reward
 
     Args:
         samples_per_prompt: Responses to each prompt (K), at least 2.
@@ -43,10 +43,10 @@ class GRPO(OnPolicyModule):
         kl_estimator: KLEstimator = "k3",
         **kwargs: Any,
     ) -> None:
+        super().__init__(samples_per_prompt=samples_per_prompt, kl_estimator=kl_estimator, **kwargs)
         self.clip = clip
         self.normalise_by_std = normalise_by_std
         self.aggregation: Aggregation = aggregation
-        super().__init__(samples_per_prompt=samples_per_prompt, kl_estimator=kl_estimator, **kwargs)
 
     def problems(self) -> list[str]:
         """Add GRPO's own settings."""
@@ -61,21 +61,15 @@ class GRPO(OnPolicyModule):
         advantages = group_normalise(scores, self.samples_per_prompt, self.normalise_by_std)
         experience.advantages = advantages[:, None] * experience.mask
 
-    def loss(self, minibatch: Experience) -> Tensor:
-        """Return the clipped policy loss plus the KL penalty."""
-        b, log_probs = minibatch, self.log_probs(minibatch)
-        # Responses: as many in every minibatch of every rank.
+    def policy_loss(self, log_probs: Tensor, minibatch: Experience) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the clipped policy loss plus the KL penalty, of ``[B, T]`` log-probs."""
+        b = minibatch
+        # A response's mean is divided by the responses, as many in every minibatch of every rank.
         count = b.count if self.aggregation == "token" else None
-        policy_loss, stats = clipped_policy_loss(
-            log_probs,
-            b.require("log_probs"),
-            b.require("advantages"),
-            b.mask,
-            self.clip,
-            aggregation=self.aggregation,
-            count=count,
+        how: dict[str, Any] = {"aggregation": self.aggregation, "count": count}
+        policy_loss, stats = clipped_policy_loss(log_probs, b.log_probs, b.advantages, b.mask, self.clip, **how)
+        kl_loss = aggregate(
+            kl_estimate(log_probs, b.ref_log_probs, b.mask, self.kl_estimator), b.mask, self.aggregation, count=count
         )
-        kl = kl_estimate(log_probs, b.require("ref_log_probs"), b.mask, self.kl_estimator)
-        kl_loss = aggregate(kl, b.mask, self.aggregation, count=count)
-        self.log_training({"policy_loss": policy_loss, "kl_loss": kl_loss, **stats}, len(b))
-        return policy_loss + self.kl.value * kl_loss
+        stats = {"policy_loss": policy_loss.detach(), "kl_loss": kl_loss.detach(), **stats}
+        return policy_loss + self.kl.value * kl_loss, stats

@@ -12,8 +12,8 @@ class Reinforce(ActorCriticModule):
 
     Paper    Sidahmed et al. 2024 (PE-RLHF), arXiv:2403.10704, section on reinforcement learning; Williams 1992
     Overrides
-        estimate  advantage = reward-to-go less the critic's value, not whitened
-        loss      -A * log pi + value_coef * value loss
+        estimate     advantage = reward-to-go less the critic's value, not whitened
+        policy_loss  -A * log pi, mean over tokens
 
     One update per rollout is on-policy: set ``trainer.accumulate_grad_batches`` to rollout_size / minibatch_size.
 
@@ -25,16 +25,14 @@ class Reinforce(ActorCriticModule):
 
     def estimate(self, experience: Experience) -> None:
         """Fill returns (reward-to-go) and advantages."""
-        mask = experience.mask
-        rewards = token_rewards(self.shaped_scores(experience), self.kl_penalty(experience), mask, self.kl.value)
-        returns = returns_to_go(rewards, mask, self.gamma)
-        self.set_returns(experience, returns)
-        experience.advantages = returns - experience.require("values")
+        e = experience
+        rewards = token_rewards(self.shaped_scores(e), self.kl_penalty(e), e.mask, self.kl.value)
+        returns = returns_to_go(rewards, e.mask, self.gamma)
+        self.set_returns(e, returns)
+        e.advantages = returns - e.values
 
-    def loss(self, minibatch: Experience) -> Tensor:
-        """Return the policy gradient's and the critic's loss in one."""
+    def policy_loss(self, log_probs: Tensor, minibatch: Experience) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the policy gradient's loss of ``[B, T]`` log-probs."""
         b = minibatch
-        read, value_loss, value_stats = self.read(b)
-        policy_loss = policy_gradient_loss(read["actor"], b.require("advantages"), b.mask, count=b.count)
-        self.log_training({"policy_loss": policy_loss, **value_stats}, len(b))
-        return policy_loss + value_loss
+        loss = policy_gradient_loss(log_probs, b.advantages, b.mask, count=b.count)
+        return loss, {"policy_loss": loss.detach()}

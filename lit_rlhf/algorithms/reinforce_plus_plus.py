@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_rlhf.algorithms.on_policy import OnPolicyModule
-from lit_rlhf.algorithms.ranges import out_of_range
+from lit_rlhf.algorithms.settings import out_of_range
 from lit_rlhf.functional import clipped_policy_loss, finish_moments, moments, returns_to_go, token_rewards, whiten
 from lit_rlhf.rollout import Experience
 
@@ -15,8 +15,8 @@ class ReinforcePlusPlus(OnPolicyModule):
 
     Paper    Hu 2025, arXiv:2501.03262
     Overrides
-        estimate  advantage = reward-to-go of (score at the last token - beta * KL_t), whitened over all ranks
-        loss      clipped policy loss
+        estimate     advantage = reward-to-go of (score at the last token - beta * KL_t), whitened over all ranks
+        policy_loss  clipped policy loss
 
     Args:
         gamma: Discount.
@@ -25,9 +25,9 @@ class ReinforcePlusPlus(OnPolicyModule):
     """
 
     def __init__(self, gamma: float = 1.0, clip: float = 0.2, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.gamma = gamma
         self.clip = clip
-        super().__init__(**kwargs)
 
     def problems(self) -> list[str]:
         """Add REINFORCE++'s own settings."""
@@ -35,17 +35,14 @@ class ReinforcePlusPlus(OnPolicyModule):
 
     def estimate(self, experience: Experience) -> None:
         """Fill advantages."""
-        mask = experience.mask
-        rewards = token_rewards(self.shaped_scores(experience), self.kl_penalty(experience), mask, self.kl.value)
-        returns = returns_to_go(rewards, mask, self.gamma)
-        mean, var = finish_moments(self.all_reduce_sum(moments(returns, mask)))
-        experience.advantages = whiten(returns, mask, mean=mean, var=var)
+        e = experience
+        rewards = token_rewards(self.shaped_scores(e), self.kl_penalty(e), e.mask, self.kl.value)
+        returns = returns_to_go(rewards, e.mask, self.gamma)
+        mean, var = finish_moments(self.all_reduce_sum(moments(returns, e.mask)))
+        e.advantages = whiten(returns, e.mask, mean=mean, var=var)
 
-    def loss(self, minibatch: Experience) -> Tensor:
-        """Return the clipped policy loss."""
+    def policy_loss(self, log_probs: Tensor, minibatch: Experience) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the clipped policy loss of ``[B, T]`` log-probs, and its statistics."""
         b = minibatch
-        loss, stats = clipped_policy_loss(
-            self.log_probs(b), b.require("log_probs"), b.require("advantages"), b.mask, self.clip, count=b.count
-        )
-        self.log_training({"policy_loss": loss, **stats}, len(b))
-        return loss
+        loss, stats = clipped_policy_loss(log_probs, b.log_probs, b.advantages, b.mask, self.clip, count=b.count)
+        return loss, {"policy_loss": loss.detach(), **stats}

@@ -5,8 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_rlhf.algorithms.on_policy import OnPolicyModule
-from lit_rlhf.algorithms.ranges import out_of_range
-from lit_rlhf.errors import ConfigError
+from lit_rlhf.algorithms.settings import out_of_range
 from lit_rlhf.functional import policy_gradient_loss, remax_returns, returns_to_go
 from lit_rlhf.rollout import Experience
 
@@ -17,9 +16,9 @@ class ReMax(OnPolicyModule):
     Paper    Li et al. 2023, arXiv:2310.10505, Algorithm 1
     Code     liziniu/ReMax, whose each-token-own KL, clamp at 5 and gamma at the last token too are the defaults
     Overrides
-        sample    one greedy response a prompt, decoded in the same call; it gets a reward and nothing else
-        estimate  G_t = gamma^(T - t + 1) * A - beta * (log pi(y_t) - log pi_ref(y_t)), A = r(x, y) - r(x, y_greedy)
-        loss      -G_t * log pi(y_t), mean over tokens
+        sample       one greedy response a prompt, decoded in the same call; it gets a reward and nothing else
+        estimate     G_t = gamma^(T - t + 1) * A - beta * (log pi(y_t) - log pi_ref(y_t)), A = r(x, y) - r(x, y_greedy)
+        policy_loss  -G_t * log pi(y_t), mean over tokens
 
     One update per rollout is on-policy: set ``trainer.accumulate_grad_batches`` to rollout_size / minibatch_size. The
     authors' settings: top_p 0.9, temperature 1, learning rate 1e-6 (full fine-tuning), cosine schedule, beta 0.05.
@@ -37,10 +36,10 @@ class ReMax(OnPolicyModule):
     def __init__(
         self, gamma: float = 0.99, advantage_clip: float | None = 5.0, kl_to_go: bool = False, **kwargs: Any
     ) -> None:
+        super().__init__(**kwargs)
         self.gamma = gamma
         self.advantage_clip = advantage_clip
         self.kl_to_go = kl_to_go
-        super().__init__(**kwargs)
 
     def problems(self) -> list[str]:
         """Add ReMax's own settings."""
@@ -53,20 +52,18 @@ class ReMax(OnPolicyModule):
 
     def estimate(self, experience: Experience) -> None:
         """Fill advantages with the per-token returns."""
-        if experience.greedy is None:
-            raise ConfigError("ReMax: sample gave no greedy responses; call self.generate(..., greedy=True)")
-        baseline = self.shaped_scores(experience.greedy).repeat_interleave(self.samples_per_prompt)
-        gain = self.shaped_scores(experience) - baseline
+        e = experience
+        baseline = self.shaped_scores(e.greedy).repeat_interleave(self.samples_per_prompt)
+        gain = self.shaped_scores(e) - baseline
         if self.advantage_clip is not None:
             gain = gain.clamp(-self.advantage_clip, self.advantage_clip)
-        kl, mask = self.kl_penalty(experience), experience.mask
+        kl = self.kl_penalty(e)
         if self.kl_to_go:
-            kl = returns_to_go(kl, mask, self.gamma)
-        experience.advantages = remax_returns(gain, kl, mask, self.gamma, self.kl.value)
+            kl = returns_to_go(kl, e.mask, self.gamma)
+        e.advantages = remax_returns(gain, kl, e.mask, self.gamma, self.kl.value)
 
-    def loss(self, minibatch: Experience) -> Tensor:
-        """Return the policy gradient's loss."""
+    def policy_loss(self, log_probs: Tensor, minibatch: Experience) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the policy gradient's loss of ``[B, T]`` log-probs."""
         b = minibatch
-        loss = policy_gradient_loss(self.log_probs(b), b.require("advantages"), b.mask, count=b.count)
-        self.log_training({"policy_loss": loss}, len(b))
-        return loss
+        loss = policy_gradient_loss(log_probs, b.advantages, b.mask, count=b.count)
+        return loss, {"policy_loss": loss.detach()}

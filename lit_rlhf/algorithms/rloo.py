@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_rlhf.algorithms.on_policy import OnPolicyModule
-from lit_rlhf.algorithms.ranges import out_of_range
+from lit_rlhf.algorithms.settings import out_of_range
 from lit_rlhf.functional import clipped_policy_loss, leave_one_out, masked_sum
 from lit_rlhf.rollout import Experience
 
@@ -17,8 +17,8 @@ class RLOO(OnPolicyModule):
     Departs  Tokens are averaged over the minibatch, not summed per response: the gradient's direction is the same.
              The ratio is clipped, which changes nothing at one update per rollout and guards further ones.
     Overrides
-        estimate  R = score - beta * sum_t KL_t; advantage = R less the mean R of the prompt's other responses
-        loss      clipped policy loss
+        estimate     R = score - beta * sum_t KL_t; advantage = R less the mean R of the prompt's other responses
+        policy_loss  clipped policy loss
 
     Args:
         samples_per_prompt: Responses to each prompt (K), at least 2.
@@ -27,8 +27,8 @@ class RLOO(OnPolicyModule):
     """
 
     def __init__(self, samples_per_prompt: int = 4, clip: float = 0.2, **kwargs: Any) -> None:
-        self.clip = clip
         super().__init__(samples_per_prompt=samples_per_prompt, **kwargs)
+        self.clip = clip
 
     def problems(self) -> list[str]:
         """Add RLOO's own settings."""
@@ -41,11 +41,8 @@ class RLOO(OnPolicyModule):
         rewards = self.shaped_scores(experience) - self.kl.value * penalty
         experience.advantages = leave_one_out(rewards, self.samples_per_prompt)[:, None] * mask
 
-    def loss(self, minibatch: Experience) -> Tensor:
-        """Return the clipped policy loss."""
+    def policy_loss(self, log_probs: Tensor, minibatch: Experience) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the clipped policy loss of ``[B, T]`` log-probs, and its statistics."""
         b = minibatch
-        loss, stats = clipped_policy_loss(
-            self.log_probs(b), b.require("log_probs"), b.require("advantages"), b.mask, self.clip, count=b.count
-        )
-        self.log_training({"policy_loss": loss, **stats}, len(b))
-        return loss
+        loss, stats = clipped_policy_loss(log_probs, b.log_probs, b.advantages, b.mask, self.clip, count=b.count)
+        return loss, {"policy_loss": loss.detach(), **stats}

@@ -7,6 +7,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lit_rlhf.algorithms.base import BackboneModule
+from lit_rlhf.algorithms.settings import out_of_range
 from lit_rlhf.backbone import Layout, supervised_layout
 from lit_rlhf.backbone.roles import HeadName
 from lit_rlhf.callbacks import SaveAtEpochEnd
@@ -176,10 +177,12 @@ class HydraSFT(SupervisedModule):
     data = PreferenceData
 
     def __init__(self, gamma: float = 0.1, **kwargs: Any) -> None:
-        if gamma < 0:
-            raise ConfigError(f"gamma must not be negative, got {gamma}")
         super().__init__(**kwargs)
         self.gamma = gamma
+
+    def problems(self) -> list[str]:
+        """Add the weight of the preference loss."""
+        return super().problems() + out_of_range(self, not_negative=("gamma",))
 
     def make_metrics(self) -> dict[str, Metric]:
         """Return perplexity of the chosen responses, pairwise accuracy and margin."""

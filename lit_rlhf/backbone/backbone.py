@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lit_rlhf.backbone.adapters import AdapterSwitch, LoraArgs
 from lit_rlhf.backbone.language_head import LogitTransform, masked_log_probs, read_logit_transform
 from lit_rlhf.backbone.lora_sets import LoraSet, attach_sets, set_of
+from lit_rlhf.backbone.reuse import RecordedPass
 from lit_rlhf.backbone.roles import START_SET, HeadName, Layout, Role
 from lit_rlhf.backbone.stages import BackboneSpec, StageCheckpoint, check_artefacts, starting_model
 from lit_rlhf.errors import ConfigError
@@ -54,6 +55,7 @@ class Backbone(nn.Module):
         self.layout = layout
         self.temperature = temperature
         self.compiled = False
+        self._recorded = RecordedPass()
         self.gradient_checkpointing = gradient_checkpointing
         for model in trunks.values():
             model.eval()
@@ -200,14 +202,60 @@ class Backbone(nn.Module):
             Role name to: log-probs ``[B, T]`` (``lm``), values ``[B, T]`` (``value``: of the state before
             token t), or scores ``[B]`` (``reward``: at the last response token). All float32.
         """
+        if self._recorded and torch.is_grad_enabled() and lm_mask is None:
+            options = {"entropy": entropy, "value_gradient": value_gradient}
+            if (recorded := self._recorded.take(roles, tokens, options)) is not None:
+                return recorded
         results: dict[str, Tensor] = {}
         lm_mask = mask if lm_mask is None else lm_mask
         for where, group in self.passes(roles).items():
-            # In a frame of its own, so that one pass's hidden states are gone before the next begins.
-            results |= self._read_pass(where, group, tokens, attention_mask, mask, lm_mask, entropy, value_gradient)
+            # A call of its own frees each pass's hidden states before the next pass begins.
+            results |= self._run_pass(where, group, tokens, attention_mask, mask, lm_mask, entropy, value_gradient)
         return results
 
-    def _read_pass(
+    def record(
+        self,
+        roles: Sequence[str],
+        tokens: Tensor,
+        attention_mask: Tensor,
+        mask: Tensor,
+        *,
+        entropy: bool = False,
+        value_gradient: float = 1.0,
+    ) -> dict[str, Tensor]:
+        """Read roles with their graph, and keep it: :meth:`forward` hands it out once, to this very tensor of tokens.
+
+        So a batch that is scored and then trained on, with no update in between, costs one pass instead of two. Not for
+        a sharded backbone, whose graph must begin in the training step.
+
+        Args:
+            roles, tokens, attention_mask, mask, entropy, value_gradient: See :meth:`forward`; they are part of what has
+                to be the same.
+
+        Returns:
+            What :meth:`forward` returns, detached.
+        """
+        self.forget()
+        with torch.enable_grad():
+            outputs = self(roles, tokens, attention_mask, mask, entropy=entropy, value_gradient=value_gradient)
+        options = {"entropy": entropy, "value_gradient": value_gradient}
+        self._recorded.keep(roles, tokens, options, outputs)
+        return {name: output.detach() for name, output in outputs.items()}
+
+    def forget(self) -> None:
+        """Free what :meth:`record` kept, where nothing asked for it."""
+        self._recorded.drop()
+
+    def zero_loss(self) -> Tensor:
+        """Return 0, differentiable: the loss of a minibatch that is left out, without a forward pass.
+
+        DDP wants every trained parameter in the graph. Under FSDP2 the heads, which the training step itself gathers,
+        are enough.
+        """
+        parameters = self.heads.parameters() if self.is_sharded else self.parameters()
+        return torch.stack([p.sum() for p in parameters if p.requires_grad]).sum() * 0.0
+
+    def _run_pass(
         self,
         where: tuple[str, str | None],
         group: list[str],

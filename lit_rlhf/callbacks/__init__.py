@@ -9,10 +9,13 @@ from lit_rlhf.callbacks.predictions import PredictionWriter
 from lit_rlhf.callbacks.progress import IterationProgress
 from lit_rlhf.callbacks.samples import SampleTable
 from lit_rlhf.callbacks.signals import StopAfterStep, StopInIteration, StopOnSigterm
+from lit_rlhf.callbacks.steps import CriticWarmup, KLTarget
 from lit_rlhf.rollout.phases import PhaseListener
 
 __all__ = [
+    "CriticWarmup",
     "IterationProgress",
+    "KLTarget",
     "MemoryPhases",
     "NumericalGuard",
     "OffloadOptimizerState",

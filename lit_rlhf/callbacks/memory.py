@@ -6,7 +6,6 @@ import os
 import resource
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -273,7 +272,7 @@ def bytes_by_kind(pl_module: LightningModule, optimizers: Sequence[Any] = ()) ->
         "trained weights": [p for p in parameters if p.requires_grad],
         "gradients": [p.grad for p in parameters],
         "optimizer": [value for state in states for value in state.values()],
-        "rollout": [getattr(experience, f.name) for f in fields(experience)] if experience is not None else [],
+        "rollout": list(vars(experience).values()) if experience is not None else [],
     }
     seen: set[int] = set()
     return {kind: sum(_new_bytes(tensors, seen)) for kind, tensors in kinds.items()}

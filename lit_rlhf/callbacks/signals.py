@@ -14,8 +14,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from lit_rlhf.callbacks.guards import place
 from lit_rlhf.checkpoints import is_last_epoch, is_saved, last_checkpoint, model_checkpoints
+from lit_rlhf.rollout.non_finite import place
 from lit_rlhf.rollout.phases import PhaseListener
 
 EXIT_CODE = 128 + signal.SIGTERM
@@ -126,7 +126,7 @@ class StopAfterStep(StopOnSigterm):
 
     def _saved(self, trainer: Trainer, pl_module: LightningModule) -> tuple[str | None, str]:
         """Save what is not saved yet; return the arguments of :meth:`stop`."""
-        where = f"after step {trainer.global_step} in {place(trainer, pl_module)}"
+        where = f"after step {trainer.global_step} in {place(pl_module)}"
         path = last_checkpoint(trainer) if is_saved(trainer) else _path(trainer)
         if path is None:
             where = f"{where}, which is not saved: the run has no ModelCheckpoint"
@@ -172,7 +172,7 @@ class StopInIteration(StopOnSigterm):
     def _stop_if_told(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.is_told(trainer):
             return
-        where = f"in {place(trainer, pl_module)}, which is abandoned"
+        where = f"in {place(pl_module)}, which is abandoned"
         if self._kept is not None and (path := _path(trainer)):
             kept, self._kept = self._kept, None
             trainer.strategy.save_checkpoint(kept, path)

@@ -20,8 +20,7 @@ from lit_rlhf.commands import quickstart_report as report
 from lit_rlhf.commands.export import export
 from lit_rlhf.data import PreferenceData, PromptData
 from lit_rlhf.errors import ConfigError
-from lit_rlhf.functional import AdaptiveKL
-from lit_rlhf.rollout import Sampling, generate
+from lit_rlhf.rollout import AdaptiveKL, Sampling, generate
 
 DATA = ASSETS / "quickstart"
 Options = dict[str, Any]

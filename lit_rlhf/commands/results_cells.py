@@ -19,9 +19,8 @@ from lit_rlhf.commands import quickstart_report as report
 from lit_rlhf.commands.quickstart_pipeline import respond
 from lit_rlhf.data import InstructionData, PreferenceData, PromptData
 from lit_rlhf.errors import ConfigError
-from lit_rlhf.functional import AdaptiveKL
 from lit_rlhf.planner.live import LiveBytes
-from lit_rlhf.rollout import Sampling
+from lit_rlhf.rollout import AdaptiveKL, Sampling
 
 WITH_CRITIC = ("PPO", "Reinforce")
 CRITIC_FREE = ("ReMax", "RLOO", "GRPO", "ReinforcePlusPlus")

@@ -8,8 +8,8 @@ from lit_rlhf.functional.advantages import (
     returns_to_go,
     token_rewards,
 )
+from lit_rlhf.functional.gradients import differentiate_now
 from lit_rlhf.functional.kl import KLEstimator, kl_estimate
-from lit_rlhf.functional.kl_control import AdaptiveKL, FixedKL, KLController
 from lit_rlhf.functional.logprobs import token_log_probs
 from lit_rlhf.functional.losses import (
     clipped_policy_loss,
@@ -38,15 +38,13 @@ from lit_rlhf.functional.masking import (
 )
 
 __all__ = [
-    "AdaptiveKL",
     "Aggregation",
-    "FixedKL",
-    "KLController",
     "KLEstimator",
     "aggregate",
     "clipped_policy_loss",
     "clipped_value_loss",
     "cross_entropy",
+    "differentiate_now",
     "dpo_loss",
     "entropy_bonus",
     "explained_variance",

@@ -1,21 +1,30 @@
 """Rollouts: sampling, rewards, the record of an iteration and its buffer."""
 
 from lit_rlhf.rollout.buffer import RolloutBuffer
+from lit_rlhf.rollout.collector import Collector
 from lit_rlhf.rollout.engines import Engine, TransformersEngine
-from lit_rlhf.rollout.experience import Experience, LengthGroup, join, length_groups, read_groups
-from lit_rlhf.rollout.generation import generate
-from lit_rlhf.rollout.rewards import FunctionReward, Reward, RewardError, RoleReward, Scored, WeightedReward
+from lit_rlhf.rollout.experience import Experience, UnsetFieldError
+from lit_rlhf.rollout.generation import Request, generate
+from lit_rlhf.rollout.kl_control import AdaptiveKL, FixedKL, KLController
+from lit_rlhf.rollout.length_groups import LengthGroup, length_groups, read_groups
+from lit_rlhf.rollout.phases import PhaseListener, phase
+from lit_rlhf.rollout.rewards import FunctionReward, Reward, RoleReward, Scored, WeightedReward
 from lit_rlhf.rollout.sampling import Sampling
 from lit_rlhf.rollout.scaling import RewardScaler, RewardScaling
 from lit_rlhf.rollout.vllm_engine import VLLMEngine
 
 __all__ = [
+    "AdaptiveKL",
+    "Collector",
     "Engine",
     "Experience",
+    "FixedKL",
     "FunctionReward",
+    "KLController",
     "LengthGroup",
+    "PhaseListener",
+    "Request",
     "Reward",
-    "RewardError",
     "RewardScaler",
     "RewardScaling",
     "RoleReward",
@@ -23,10 +32,11 @@ __all__ = [
     "Sampling",
     "Scored",
     "TransformersEngine",
+    "UnsetFieldError",
     "VLLMEngine",
     "WeightedReward",
     "generate",
-    "join",
     "length_groups",
+    "phase",
     "read_groups",
 ]

@@ -1,19 +1,24 @@
 """The rollout buffer: one Lightning epoch is one RL iteration."""
 
+import os
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
+from lit_rlhf.checkpoints import model_checkpoints
 from lit_rlhf.errors import ConfigError
-from lit_rlhf.rollout.experience import Experience, LengthGroup, length_groups
+from lit_rlhf.rollout.experience import Experience
+from lit_rlhf.rollout.length_groups import LengthGroup, length_groups
+from lit_rlhf.strategies.ranks import trainer_of
 
 
 def iteration_seed(seed: int, iteration: int, rank: int) -> int:
@@ -26,6 +31,33 @@ def reseed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+class PromptSource(Protocol):
+    """What a data module must have to be sampled from."""
+
+    num_prompts: int
+
+    def prompt_batch(self, indices: list[int]) -> dict[str, Any]:
+        """Return the prompts of these rows: ``tokens``, ``attention_mask``, ``prompts``, ``columns``."""
+
+
+def prompt_data(trainer: Trainer) -> PromptSource | None:
+    """Return the trainer's data module if it holds prompts."""
+    data: Any = getattr(trainer, "datamodule", None)
+    return data if hasattr(data, "prompt_batch") else None
+
+
+def _saves_inside_an_iteration(callback: ModelCheckpoint) -> str | None:
+    """Return what is wrong with when a ModelCheckpoint saves, None if it saves at the ends of iterations."""
+    if callback._every_n_train_steps or callback._train_time_interval is not None:
+        return (
+            "ModelCheckpoint saves by train steps or by time, which can fall inside an RL iteration, where a "
+            "run cannot be resumed exactly. Use every_n_epochs: one epoch is one iteration"
+        )
+    if callback._save_on_train_epoch_end is False:
+        return "ModelCheckpoint needs save_on_train_epoch_end: true (or unset) for on-policy training"
+    return None
 
 
 class RolloutBuffer(Callback):
@@ -42,7 +74,7 @@ class RolloutBuffer(Callback):
         rollout_size: Responses a rank samples for one iteration.
         minibatch_size: Responses in one minibatch.
         inner_epochs: Passes over the rollout.
-        seed: Base seed; a resumed run keeps the seed it began with.
+        seed: Base seed; a resumed run keeps the seed it began with. None takes that of ``seed_everything``, or 0.
         samples_per_prompt: Responses to each prompt; divides ``rollout_size``.
         group_by_length: Minibatches of samples of similar length, the same ones in every inner epoch.
     """
@@ -52,21 +84,22 @@ class RolloutBuffer(Callback):
         rollout_size: int,
         minibatch_size: int,
         inner_epochs: int,
-        seed: int,
+        seed: int | None,
         samples_per_prompt: int = 1,
         group_by_length: bool = False,
     ) -> None:
+        super().__init__()
         self.rollout_size = rollout_size
         self.samples_per_prompt = samples_per_prompt
         self.minibatch_size = minibatch_size
         self.inner_epochs = inner_epochs
-        self.seed = seed
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
         self.group_by_length = group_by_length
         self.experience: Experience | None = None
         self.samples: list[dict[str, Any]] = []
         self._sampler: DistributedSampler[Any] | None = None
         self._order_seed = 0
-        self._counts = torch.ones(len(self))
+        self._counts = torch.ones(0)
         self._prompts_in_data = 0
         self._ranks = 1
         self._accumulated = 1
@@ -88,10 +121,9 @@ class RolloutBuffer(Callback):
                 "the middle of an iteration"
             )
         for group, count in zip(self._order(), self._counts, strict=True):
-            # A rollout of one minibatch keeps its order and its memory: the loss may use what scoring read of it.
-            minibatch = self.experience[:] if len(self) == 1 else group.take(self.experience)
-            minibatch.count = count
-            yield minibatch
+            # A rollout of one minibatch keeps its order and its tensors: the loss may reuse the pass that scored it.
+            minibatch = self.experience if len(self) == 1 else group.take(self.experience)
+            yield minibatch.replace(count=count)
 
     def _order(self) -> list[LengthGroup]:
         """Return the rows of each of the iteration's minibatches, and the columns they need."""
@@ -117,24 +149,58 @@ class RolloutBuffer(Callback):
         steps = counts.split(trainer.accumulate_grad_batches)
         return torch.cat([step.mean().expand(len(step)) for step in steps])
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the trainer's checkpoints and the number of prompts before the first rollout.
+    def problems(self, module: LightningModule) -> list[str]:
+        """Return what is wrong with the sizes and, where it is about to fit, with the trainer and its data.
 
-        Raises:
-            ValueError: A ModelCheckpoint would save inside an iteration, or there are too few prompts.
+        Args:
+            module: The on-policy module.
+
+        Returns:
+            One line a problem.
         """
-        if stage != "fit":
-            return
-        self._check_checkpoints(trainer)
+        counts = ("rollout_size", "samples_per_prompt", "minibatch_size", "inner_epochs")
+        found = [f"{n} must be positive, got {getattr(self, n)}" for n in counts if getattr(self, n) < 1]
+        for name in ("minibatch_size", "samples_per_prompt"):
+            if (part := getattr(self, name)) > 0 and self.rollout_size % part:
+                found.append(f"rollout_size {self.rollout_size} must be a multiple of {name} {part}")
+        name = type(module).__name__
+        if self.inner_epochs != 1 and getattr(module, "one_update", False):
+            found.append(f"inner_epochs must be 1 for {name}, which has no policy ratio; got {self.inner_epochs}")
+        trainer = trainer_of(module)
+        if found or trainer is None or trainer.state.fn != TrainerFn.FITTING:
+            return found
+        return self._trainer_problems(trainer, name)
+
+    def _trainer_problems(self, trainer: Trainer, module_name: str) -> list[str]:
+        found = [problem for c in model_checkpoints(trainer) if (problem := _saves_inside_an_iteration(c))]
         if len(self) % trainer.accumulate_grad_batches:
-            raise ConfigError(
+            found.append(
                 f"accumulate_grad_batches {trainer.accumulate_grad_batches} must divide the {len(self)} minibatches "
                 "of an iteration (inner_epochs * rollout_size / minibatch_size); else its last step would be smaller"
             )
-        data: Any = getattr(trainer, "datamodule", None)
-        if data is None or not hasattr(data, "prompt_batch"):
-            raise ConfigError(f"{type(pl_module).__name__} needs a PromptData datamodule (or one with prompt_batch)")
-        self._prompts_in_data = data.num_prompts
+        data = prompt_data(trainer)
+        if data is None:
+            return [*found, f"{module_name} needs a PromptData datamodule (or one with prompt_batch)"]
+        needed = self.num_prompts * trainer.world_size
+        if data.num_prompts < needed:
+            found.append(
+                f"rollout_size {self.rollout_size} with {self.samples_per_prompt} response(s) a prompt on "
+                f"{trainer.world_size} rank(s) needs at least {needed} training prompts; the data has "
+                f"{data.num_prompts} (after holding out validation_size). Lower rollout_size or validation_size, or "
+                "add prompts"
+            )
+        return found
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Learn how many prompts there are, and on how many ranks; :meth:`problems` says what does not fit."""
+        if stage != "fit":
+            return
+        for callback in model_checkpoints(trainer):
+            # Lightning's own guess saves after validation, inside the epoch, when validation is not run every epoch.
+            if callback._save_on_train_epoch_end is None:
+                callback._save_on_train_epoch_end = True
+        data = prompt_data(trainer)
+        self._prompts_in_data = 0 if data is None else data.num_prompts
         self._ranks, self._accumulated = trainer.world_size, trainer.accumulate_grad_batches
         self._sampler = DistributedSampler(
             range(self._prompts_in_data),  # type: ignore[arg-type]
@@ -143,30 +209,6 @@ class RolloutBuffer(Callback):
             seed=self.seed,
             drop_last=True,
         )
-        if len(self._sampler) < self.num_prompts:
-            needed = self.num_prompts * trainer.world_size
-            raise ConfigError(
-                f"rollout_size {self.rollout_size} with {self.samples_per_prompt} response(s) a prompt on "
-                f"{trainer.world_size} rank(s) needs at least {needed} training prompts; the data has "
-                f"{data.num_prompts} (after holding out validation_size). Lower rollout_size or validation_size, or "
-                "add prompts"
-            )
-
-    def _check_checkpoints(self, trainer: Trainer) -> None:
-        for callback in trainer.checkpoint_callbacks:
-            if not isinstance(callback, ModelCheckpoint):
-                continue
-            if callback._every_n_train_steps or callback._train_time_interval is not None:
-                raise ConfigError(
-                    "ModelCheckpoint saves by train steps or by time, which can fall inside an RL iteration, where a "
-                    "run cannot be resumed exactly. Use every_n_epochs: one epoch is one iteration"
-                )
-            if callback._save_on_train_epoch_end is False:
-                raise ConfigError(
-                    "ModelCheckpoint needs save_on_train_epoch_end: true (or unset) for on-policy training"
-                )
-            # Lightning's own guess saves after validation, inside the epoch, when validation is not run every epoch.
-            callback._save_on_train_epoch_end = True
 
     def prompt_indices(self, iteration: int) -> list[int]:
         """Return this rank's prompts of an iteration: consecutive stretches of a fresh shuffle per pass."""
@@ -176,14 +218,23 @@ class RolloutBuffer(Callback):
         start = (iteration % per_pass) * self.num_prompts
         return list(self._sampler)[start : start + self.num_prompts]
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of updates that are off-policy, where no ratio corrects for it."""
+        updates = len(self) // trainer.accumulate_grad_batches
+        if getattr(pl_module, "one_update", False) and updates > 1:
+            rank_zero_warn(
+                f"{type(pl_module).__name__} has no policy ratio, so only the first of an iteration's {updates} "
+                f"updates is on-policy. Set trainer.accumulate_grad_batches to {len(self)}"
+            )
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the iteration's rollout with the current policy."""
         seed = iteration_seed(self.seed, trainer.current_epoch, trainer.global_rank)
         reseed(seed)
         self._order_seed = seed
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        prompts = data.prompt_batch(self.prompt_indices(trainer.current_epoch))
-        prompts = trainer.strategy.batch_to_device(prompts)
+        data = prompt_data(trainer)
+        assert data is not None
+        prompts = trainer.strategy.batch_to_device(data.prompt_batch(self.prompt_indices(trainer.current_epoch)))
         # A callback runs outside the precision plugin; old log-probs must come from the arithmetic of training.
         with trainer.precision_plugin.forward_context():
             self.experience, self.samples = pl_module.rollout(prompts)  # type: ignore[operator]
@@ -193,11 +244,26 @@ class RolloutBuffer(Callback):
             )
         self._counts = self._count_tokens(trainer)
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Free the pass that was recorded for this loss, where the loss did not ask for it."""
+        pl_module.backbone.forget()  # type: ignore[operator, union-attr]
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Free the rollout and the gradients; the next generation needs neither."""
         self.experience = None
         for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the state of the KL controller and of the reward's scaling, plain numbers only."""
+        policy: Any = pl_module
+        checkpoint["controllers"] = {"kl": policy.kl.state_dict(), "reward_scaler": policy.reward_scaler.state_dict()}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take over their state."""
+        policy: Any = pl_module
+        policy.kl.load_state_dict(checkpoint["controllers"]["kl"])
+        policy.reward_scaler.load_state_dict(checkpoint["controllers"]["reward_scaler"])
 
     def state_dict(self) -> dict[str, Any]:
         """Return what decides which prompts an iteration draws; the rest follows from the iteration."""

@@ -1,58 +1,95 @@
 """The record of one rollout."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 
-@dataclass
+class UnsetFieldError(AttributeError, ValueError):
+    """A field of an experience was read before the step that fills it."""
+
+
+def _unset() -> Any:
+    return None
+
+
+@dataclass(repr=False, eq=False)
 class Experience:
     """Responses to N prompts and what was computed about them. Every tensor's first axis is the sample.
 
     Prompts are left-padded to P, responses right-padded to T, so that response column t is token column P+t.
     This padding is fixed once per rollout: scoring and training see the same layout, which ratio 1 needs in bf16.
 
+    The fields from ``log_probs`` to ``greedy`` are filled by later steps. Until then reading one raises; ``hasattr``
+    and ``getattr(experience, name, None)`` ask without raising, and setting one to None empties it.
+
     Args:
         tokens: ``[N, P+T]`` long.
         attention_mask: ``[N, P+T]`` bool, True = token counts.
         mask: ``[N, T]`` bool, True = real response token, the first EOS included.
         truncated: ``[N]`` bool, True = the response hit its length limit without an EOS.
-        log_probs: ``[N, T]`` float32, the sampling policy's.
-        ref_log_probs: ``[N, T]`` float32.
-        values: ``[N, T]`` float32, the critic's before the update; None without a critic.
-        scores: ``[N]`` float32, the reward of the whole response, as the reward gave it.
-        advantages: ``[N, T]`` float32.
-        returns: ``[N, T]`` float32, the critic's targets; None without a critic.
+        log_probs: ``[N, T]`` float32, the sampling policy's. Filled by sampling or scoring.
+        ref_log_probs: ``[N, T]`` float32, the reference's. Filled by scoring.
+        values: ``[N, T]`` float32, the critic's before the update. Filled by scoring, never without a critic.
+        scores: ``[N]`` float32, the reward of the whole response, as the reward gave it. Filled by scoring.
+        advantages: ``[N, T]`` float32. Filled by ``estimate``.
+        returns: ``[N, T]`` float32, the critic's targets. Filled by ``estimate``, never without a critic.
+        greedy: The greedy responses to the same prompts, one a prompt, until the advantages are known; only where an
+            algorithm asks for them.
         count: 0-dim float, set on minibatches: real tokens of a minibatch, averaged over ranks and over the minibatches
-            of one optimizer step. Token losses divided by it add up to the mean over all tokens of the step.
-        greedy: The greedy responses to the same prompts, one a prompt, until the advantages are known; None where
-            an algorithm asks for none.
+            of one optimizer step. Token losses divided by it add up to the mean over all tokens of the step. None: the
+            loss divides by its own tokens.
+        left_out: The rollout holds a number that is not finite: nothing is updated from it.
+
+    Raises:
+        UnsetFieldError: (an AttributeError) A field is read before it was filled.
     """
 
     tokens: Tensor
     attention_mask: Tensor
     mask: Tensor
     truncated: Tensor
-    log_probs: Tensor | None = None
-    ref_log_probs: Tensor | None = None
-    values: Tensor | None = None
-    scores: Tensor | None = None
-    advantages: Tensor | None = None
-    returns: Tensor | None = None
+    log_probs: Tensor = field(default_factory=_unset)
+    ref_log_probs: Tensor = field(default_factory=_unset)
+    values: Tensor = field(default_factory=_unset)
+    scores: Tensor = field(default_factory=_unset)
+    advantages: Tensor = field(default_factory=_unset)
+    returns: Tensor = field(default_factory=_unset)
+    greedy: "Experience" = field(default_factory=_unset)
     count: Tensor | None = None
-    greedy: "Experience | None" = None
+    left_out: bool = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if value is None:
+            vars(self).pop(name, None)
+        else:
+            vars(self)[name] = value
+
+    def __getattr__(self, name: str) -> Any:
+        # Python asks here for what is not set.
+        if name in type(self).__dataclass_fields__:
+            raise UnsetFieldError(f"experience has no {name} yet: the step that fills it has not run")
+        raise AttributeError(f"an Experience has no field {name!r}")
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
-    def _map(self, function: Any) -> "Experience":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: function(t) for name, t in tensors.items() if isinstance(t, Tensor)})
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What a forward pass reads: tokens, attention mask, response mask."""
+        return self.tokens, self.attention_mask, self.mask
+
+    def replace(self, **changes: Any) -> "Experience":
+        """Return a copy with some fields changed; the others are shared."""
+        return type(self)(**{**vars(self), **changes})
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Experience":
+        return self.replace(
+            **{name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        )
 
     def __getitem__(self, index: slice | Tensor) -> "Experience":
         """Return the samples of a slice (views) or an index tensor (copies)."""
@@ -70,12 +107,12 @@ class Experience:
         """Return the record with ``prompt`` and ``response`` columns left: padding dropped at both ends, as views."""
         width, longest = self.tokens.shape[1], self.mask.shape[1]
         columns = slice(width - longest - prompt, width - longest + response)
-        kept: dict[str, Any] = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, Tensor) and value.dim() == 2:
-                kept[f.name] = value[:, columns] if value.shape[1] == width else value[:, :response]
-        return replace(self, **kept)
+        kept = {
+            name: value[:, columns] if value.shape[1] == width else value[:, :response]
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor) and value.dim() == 2
+        }
+        return self.replace(**kept)
 
     def decode(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """Return the response texts, special tokens removed."""
@@ -85,62 +122,6 @@ class Experience:
         return tokenizer.batch_decode(kept, skip_special_tokens=True)
 
     def require(self, name: str) -> Tensor:
-        """Return a field that an earlier step must have filled.
-
-        Raises:
-            ValueError: It is empty.
-        """
-        value = getattr(self, name)
-        if value is None:
-            raise ValueError(f"experience has no {name} yet: the step that fills it has not run")
+        """Return a field; the same as reading it, kept for modules written before reading raised."""
+        value: Tensor = getattr(self, name)
         return value
-
-
-class LengthGroup(NamedTuple):
-    """Samples of similar length, and the columns that they need."""
-
-    rows: Tensor
-    prompt: int
-    response: int
-
-    def take(self, experience: Experience) -> Experience:
-        """Return the group's samples without the padding that all of them have."""
-        return experience[self.rows].trim(self.prompt, self.response)
-
-
-def length_groups(experience: Experience, size: int) -> list[LengthGroup]:
-    """Sort the samples by length and cut them into groups of at most ``size``.
-
-    The groups depend on the masks alone: scoring and training see the same padding, which ratio 1 needs in bf16.
-    """
-    responses = experience.mask.sum(dim=1).cpu()
-    prompts = experience.attention_mask.sum(dim=1).cpu() - responses
-    order = torch.argsort(prompts + responses, stable=True)
-    return [
-        LengthGroup(index.to(experience.tokens.device), int(prompts[index].max()), int(responses[index].max()))
-        for index in order.split(size)
-    ]
-
-
-def read_groups(
-    read: Callable[[Experience], dict[str, Tensor]], experience: Experience, size: int
-) -> dict[str, Tensor]:
-    """Read the experience in groups of similar length; return ``[N]`` and ``[N, T]`` tensors in its own order.
-
-    Args:
-        read: Returns ``[b]`` or ``[b, T']`` tensors for ``b`` samples whose longest response has ``T'`` tokens.
-        experience: N samples.
-        size: Samples in a group.
-    """
-    groups, width = length_groups(experience, size), experience.mask.shape[1]
-    parts = []
-    for group in groups:
-        found = read(group.take(experience))
-        parts.append({k: F.pad(t, (0, width - t.shape[1])) if t.dim() == 2 else t for k, t in found.items()})
-    back = torch.argsort(torch.cat([group.rows for group in groups]))
-    return {name: tensor[back] for name, tensor in join(parts).items()}
-
-
-def join(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Join dictionaries of tensors along the sample axis."""
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -1,5 +1,8 @@
 """Sampling responses from a causal language model."""
 
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
@@ -10,28 +13,11 @@ from lit_rlhf.rollout.experience import Experience
 from lit_rlhf.rollout.sampling import DrawnToken, Sampler, Sampling, uniform_dtype
 
 
-@torch.no_grad()
-def generate(
-    model: PreTrainedModel,
-    tokens: Tensor,
-    attention_mask: Tensor,
-    sampling: Sampling,
-    pad_id: int,
-    eos_ids: list[int],
-    *,
-    samples: int = 1,
-    greedy: bool = False,
-    batch_size: int | None = None,
-    keep_log_probs: bool = False,
-    in_step: bool = False,
-    decoder: DynamicDecoder | None = None,
-) -> Experience:
-    """Sample responses to each prompt and, if wanted, decode one greedily in the same call.
-
-    The responses to one prompt stand together and share the pass over it.
+@dataclass(frozen=True)
+class Request:
+    """What an engine is asked for: responses to prompts.
 
     Args:
-        model: The language model, its LoRA set already on.
         tokens: ``[N, P]`` long, left-padded.
         attention_mask: ``[N, P]`` bool, True = token counts.
         sampling: Settings.
@@ -41,51 +27,93 @@ def generate(
         greedy: Also decode the most probable tokens of each prompt.
         batch_size: Sequences decoded at once; None decodes all.
         keep_log_probs: Also fill ``log_probs`` with those of sampling, which spares a pass over the responses. They
-            equal a pass to 2e-5 in float32; in bf16 they differ by up to 0.2.
-        in_step: Keep all ranks at the same pass until the last has ended, as sharded models need: each pass gathers
-            their weights from all ranks.
-        decoder: How the model is read, and its KV cache; None is a :class:`DynamicDecoder`.
+            equal a pass to 2e-5 in float32; in bf16 they differ by up to 0.2. Asked only of engines that give them.
+        in_step: The model is sharded, and each pass gathers its weights from all ranks: keep all ranks at the same pass
+            until the last has ended.
+
+    Raises:
+        ValueError: Neither samples nor greedy responses are asked for.
+    """
+
+    tokens: Tensor
+    attention_mask: Tensor
+    sampling: Sampling
+    pad_id: int
+    eos_ids: list[int]
+    _: KW_ONLY
+    samples: int = 1
+    greedy: bool = False
+    batch_size: int | None = None
+    keep_log_probs: bool = False
+    in_step: bool = False
+
+    def __post_init__(self) -> None:
+        if self.per_prompt < 1:
+            raise ValueError("generate: samples is 0 and greedy is False, so there is nothing to decode")
+
+    @property
+    def per_prompt(self) -> int:
+        """Responses to each prompt, the greedy one included."""
+        return self.samples + int(self.greedy)
+
+
+def generate(
+    model: PreTrainedModel, *prompts: Any, decoder: DynamicDecoder | None = None, **options: Any
+) -> Experience:
+    """Sample responses to each prompt with a model in eval mode, its adapter already on.
+
+    Args:
+        model: The language model.
+        *prompts: The first arguments of a :class:`Request`.
+        decoder: How the model is run, and its KV cache; None is a :class:`DynamicDecoder`.
+        **options: The others.
 
     Returns:
-        An :class:`Experience` with the sequence fields filled, all responses padded to one T: ``[N * samples]``
-        sampled rows, whose ``greedy`` holds the N greedy ones. Without samples: the greedy rows.
+        See :meth:`lit_rlhf.rollout.Engine.respond`.
 
     Raises:
         RuntimeError: The model is in train mode, where gradient checkpointing throws the KV cache away.
         ValueError: Neither samples nor greedy responses are asked for.
     """
+    return decode_request(model, Request(*prompts, **options), decoder or DynamicDecoder())
+
+
+@torch.no_grad()
+def decode_request(model: PreTrainedModel, request: Request, decoder: DynamicDecoder) -> Experience:
+    """Decode token by token; sampled and greedy responses to a prompt stand together and share the pass over it."""
     if any(m.training for m in model.modules() if not isinstance(m, nn.Identity)):
         raise RuntimeError("generate needs the model in eval mode: in train mode checkpointing drops the KV cache")
-    per_prompt = samples + int(greedy)
-    if per_prompt < 1:
-        raise ValueError("generate: samples is 0 and greedy is False, so there is nothing to decode")
+    tokens, attention_mask, per_prompt = request.tokens, request.attention_mask, request.per_prompt
     device = tokens.device
-    is_greedy = (torch.arange(per_prompt, device=device) >= samples).repeat(len(tokens))
-    uniforms = torch.zeros(len(tokens), per_prompt, sampling.max_new_tokens, dtype=uniform_dtype(device), device=device)
+    is_greedy = (torch.arange(per_prompt, device=device) >= request.samples).repeat(len(tokens))
+    shape = (len(tokens), per_prompt, request.sampling.max_new_tokens)
+    uniforms = torch.zeros(*shape, dtype=uniform_dtype(device), device=device)
     # The greedy rows take none, so that they change no sampled one.
-    uniforms[:, :samples].uniform_()
+    uniforms[:, : request.samples].uniform_()
     uniforms = uniforms.flatten(0, 1)
-    eos = torch.tensor(eos_ids, device=device)
-    prompts_at_once = max(1, (batch_size or len(uniforms)) // per_prompt)
-    decoder = decoder or DynamicDecoder()
+    eos = torch.tensor(request.eos_ids, device=device)
+    prompts_at_once = max(1, (request.batch_size or len(uniforms)) // per_prompt)
     parts: list[Tensor] = []
     log_probs: list[Tensor] = []
     for first in range(0, len(tokens), prompts_at_once):
         prompts = slice(first, first + prompts_at_once)
         rows = slice(first * per_prompt, (first + prompts_at_once) * per_prompt)
-        sampler = Sampler(sampling, uniforms[rows], is_greedy[rows], eos)
-        part = _decode_part(decoder, model, tokens[prompts], attention_mask[prompts], sampler, pad_id, in_step)
+        sampler = Sampler(request.sampling, uniforms[rows], is_greedy[rows], eos)
+        part = _decode_part(
+            decoder, model, tokens[prompts], attention_mask[prompts], sampler, request.pad_id, request.in_step
+        )
         parts.append(part[0])
         log_probs.append(part[1])
     prompt_mask = attention_mask.bool().repeat_interleave(per_prompt, dim=0)
-    experience = as_experience(tokens.repeat_interleave(per_prompt, dim=0), prompt_mask, _padded(parts, pad_id), eos)
-    if keep_log_probs:
+    responses = _padded(parts, request.pad_id)
+    experience = as_experience(tokens.repeat_interleave(per_prompt, dim=0), prompt_mask, responses, eos)
+    if request.keep_log_probs:
         experience.log_probs = _padded(log_probs, 0.0).masked_fill(~experience.mask, 0.0)
-    if not (samples and greedy):
+    if not (request.samples and request.greedy):
         return experience
     sampled = experience[~is_greedy]
     sampled.greedy = experience[is_greedy]
-    sampled.greedy.log_probs = None
+    sampled.greedy.log_probs = None  # type: ignore[assignment]
     return sampled
 
 

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_rlhf.strategies.ranks import InTraining, trainer_of
+
 
 class PhaseListener(Callback):
     """A callback that is told when a phase begins and ends."""
@@ -17,14 +19,14 @@ class PhaseListener(Callback):
 
 
 @contextmanager
-def phase(pl_module: LightningModule, name: str) -> Iterator[None]:
+def phase(pl_module: InTraining, name: str) -> Iterator[None]:
     """Mark a phase for every :class:`PhaseListener` of the module's trainer.
 
     Args:
         pl_module: The module; without a trainer nobody is told.
         name: ``generation``, ``scoring``, ``training`` or ``evaluation``.
     """
-    trainer = pl_module._trainer
+    trainer = trainer_of(pl_module)
     callbacks = getattr(trainer, "callbacks", []) if trainer is not None else []
     listeners = [callback for callback in callbacks if isinstance(callback, PhaseListener)]
     for listener in listeners:

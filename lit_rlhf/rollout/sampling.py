@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
+from lit_rlhf.errors import NonFiniteError
+
 # Tokens whose probabilities are added up before one of them is chosen; near the square root of usual vocabularies.
 BLOCK = 256
 # What the nucleus is sought in before everything is sorted.
@@ -160,10 +162,10 @@ class Sampler:
         """Say afterwards, since a look at every step would keep the device waiting, whether all logits were finite.
 
         Raises:
-            RuntimeError: They were not.
+            NonFiniteError: They were not.
         """
         if not bool(self._finite):
-            raise RuntimeError("probability tensor contains nan: the policy's logits are not finite")
+            raise NonFiniteError("probability tensor contains nan: the policy's logits are not finite")
 
 
 class DrawnToken(LogitsProcessor):

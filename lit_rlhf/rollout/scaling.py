@@ -19,10 +19,14 @@ class RewardScaler:
 
     Args:
         mode: ``none``, ``batch`` or ``running``.
+        clip: Clip scaled scores to ``[-clip, clip]``; None does not.
+        missing_eos_penalty: Subtracted from the scaled score of a response that hit the length limit.
     """
 
-    def __init__(self, mode: RewardScaling) -> None:
+    def __init__(self, mode: RewardScaling, clip: float | None = None, missing_eos_penalty: float = 0.0) -> None:
         self.mode = mode
+        self.clip = clip
+        self.missing_eos_penalty = missing_eos_penalty
         self._total = [0.0, 0.0, 0.0]
         self._mean = 0.0
         self._std = 1.0
@@ -48,6 +52,22 @@ class RewardScaler:
     def __call__(self, scores: Tensor) -> Tensor:
         """Scale ``[N]`` scores by what the last update found."""
         return scores if self.mode == "none" else (scores - self._mean) / self._std
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the settings, one line each."""
+        return [] if self.clip is None or self.clip > 0 else [f"score_clip must be positive, got {self.clip}"]
+
+    def shape(self, scores: Tensor, truncated: Tensor) -> Tensor:
+        """Return ``[N]`` scores as they enter the token rewards: scaled, clipped, less the missing-EOS penalty.
+
+        Args:
+            scores: ``[N]`` float32, as the reward gave them.
+            truncated: ``[N]`` bool, True = the response hit its length limit without an EOS.
+        """
+        scores = self(scores)
+        if self.clip is not None:
+            scores = scores.clamp(-self.clip, self.clip)
+        return scores - self.missing_eos_penalty * truncated.to(scores.dtype)
 
     def state_dict(self) -> dict[str, list[float]]:
         """Return the running sums as plain numbers."""

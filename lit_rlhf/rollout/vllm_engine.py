@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 from lit_rlhf.errors import ConfigError, MissingPackageError
 from lit_rlhf.rollout.engines import Engine
 from lit_rlhf.rollout.experience import Experience
-from lit_rlhf.rollout.generation import as_experience
-from lit_rlhf.rollout.sampling import Sampling
+from lit_rlhf.rollout.generation import Request, as_experience
 
 # The ranks vLLM has kernels for.
 RANKS = (8, 16, 32, 64, 128, 256)
@@ -51,67 +50,54 @@ class VLLMEngine(Engine):
         self._rollouts = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def generate(
-        self,
-        model: PreTrainedModel,
-        tokens: Tensor,
-        attention_mask: Tensor,
-        sampling: Sampling,
-        pad_id: int,
-        eos_ids: list[int],
-        *,
-        samples: int = 1,
-        greedy: bool = False,
-        batch_size: int | None = None,
-        keep_log_probs: bool = False,
-        in_step: bool = False,
-    ) -> Experience:
-        """Sample, see :meth:`Engine.generate`; the seeds are drawn from torch's global generator.
+    def respond(self, model: PreTrainedModel, request: Request) -> Experience:
+        """Sample, see :class:`Engine`; the seeds are drawn from torch's global generator.
 
         Raises:
-            ValueError: The actor is sharded, spread over several processes, or no plain LoRA set on a frozen trunk; or
-                log-probs are asked for; or neither samples nor greedy responses are.
+            ConfigError: The actor is sharded, spread over several processes, or no plain adapter on a frozen trunk; or
+                log-probs are asked for.
         """
-        if in_step or (dist.is_initialized() and dist.get_world_size() > 1):
+        if request.in_step or (dist.is_initialized() and dist.get_world_size() > 1):
             raise ConfigError("VLLMEngine runs in one process on one GPU; leave model.engine out with several devices")
-        if keep_log_probs:
+        if request.keep_log_probs:
             raise ConfigError("VLLMEngine gives no log-probs; set keep_log_probs to false")
-        if samples == 0 and not greedy:
-            raise ConfigError("generate: samples is 0 and greedy is False, so there is nothing to decode")
-        request = self._hand_over(model)
+        tokens, attention_mask = request.tokens, request.attention_mask
+        sampling, samples = request.sampling, request.samples
+        adapter = self._hand_over(model)
         prompts = [
             {"prompt_token_ids": row[kept].tolist()} for row, kept in zip(tokens, attention_mask.bool(), strict=True)
         ]
         common = {
             "max_tokens": sampling.max_new_tokens,
             "min_tokens": sampling.min_new_tokens,
-            "stop_token_ids": list(eos_ids),
+            "stop_token_ids": list(request.eos_ids),
             "detokenize": False,
         }
         drawn: list[list[int]] = []
         if samples:
             chances = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or -1}
             seeds = torch.randint(2**31, (len(prompts),)).tolist()
-            drawn = self._ask(prompts, [{**common, **chances, "n": samples, "seed": seed} for seed in seeds], request)
-        likeliest = self._ask(prompts, [{**common, "temperature": 0.0}] * len(prompts), request) if greedy else []
-        padded = _padded(drawn + likeliest, pad_id).to(tokens.device)
-        eos = torch.tensor(eos_ids, device=tokens.device)
+            drawn = self._ask(prompts, [{**common, **chances, "n": samples, "seed": seed} for seed in seeds], adapter)
+        greedy = [{**common, "temperature": 0.0}] * len(prompts)
+        likeliest = self._ask(prompts, greedy, adapter) if request.greedy else []
+        padded = _padded(drawn + likeliest, request.pad_id).to(tokens.device)
+        eos = torch.tensor(request.eos_ids, device=tokens.device)
         parts = []
         for copies, responses in ((samples, padded[: len(drawn)]), (1, padded[len(drawn) :])):
             if len(responses):
                 repeated = tokens.repeat_interleave(copies, dim=0)
                 mask = attention_mask.bool().repeat_interleave(copies, dim=0)
                 parts.append(as_experience(repeated, mask, responses, eos))
-        if samples and greedy:
+        if samples and request.greedy:
             parts[0].greedy = parts[1]
         return parts[0]
 
-    def _ask(self, prompts: list[Any], settings: list[dict[str, Any]], request: Any) -> list[list[int]]:
+    def _ask(self, prompts: list[Any], settings: list[dict[str, Any]], adapter: Any) -> list[list[int]]:
         """Return the responses' token ids, those to a prompt together."""
         from vllm import SamplingParams
 
         params = [SamplingParams(**setting) for setting in settings]
-        outputs = self._llm.generate(prompts, params, use_tqdm=False, lora_request=request)
+        outputs = self._llm.generate(prompts, params, use_tqdm=False, lora_request=adapter)
         return [list(c.token_ids) for o in outputs for c in sorted(o.outputs, key=lambda c: c.index)]
 
     def _hand_over(self, model: PreTrainedModel) -> Any:

@@ -3,7 +3,7 @@
 from lit_rlhf.errors import StrategyError
 from lit_rlhf.strategies.checks import check_strategy, refuse_strategy
 from lit_rlhf.strategies.fsdp2 import FSDP2Strategy, offload_backend
-from lit_rlhf.strategies.sharding import data_parallel_mesh, shard
+from lit_rlhf.strategies.sharding import data_parallel_mesh, shard, shard_module
 
 __all__ = [
     "FSDP2Strategy",
@@ -13,4 +13,5 @@ __all__ = [
     "offload_backend",
     "refuse_strategy",
     "shard",
+    "shard_module",
 ]

@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lit_rlhf.backbone import Backbone
 from lit_rlhf.errors import StrategyError
+from lit_rlhf.strategies.ranks import trainer_of
 
 
 def data_parallel_mesh(mesh: Any) -> Any:
@@ -90,6 +91,22 @@ def shard(
     local = [n for n, p in backbone.named_parameters() if n in trained and not isinstance(p, DTensor)]
     if local:
         raise RuntimeError(f"these trained parameters are not sharded, so their gradients stay local: {local[:3]} ...")
+
+
+def shard_module(module: Any, mesh: Any, from_first_rank: bool) -> None:
+    """Shard a LightningModule and its backbone as the trainer's strategy says, once.
+
+    Args:
+        module: Holds a ``backbone`` and names its ``entry_methods``.
+        mesh, from_first_rank: See :func:`shard`.
+    """
+    if module.backbone.is_sharded:
+        return
+    trainer = trainer_of(module)
+    strategy = None if trainer is None else trainer.strategy
+    reshard = getattr(strategy, "reshard_after_forward", True)
+    offload = getattr(strategy, "cpu_offload", False)
+    shard(module, module.backbone, mesh, module.entry_methods, reshard, from_first_rank, offload)
 
 
 def _agree(backbone: Backbone, mesh: Any) -> dict[int, torch.dtype]:

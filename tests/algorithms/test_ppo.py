@@ -266,7 +266,7 @@ def test_every_problem_is_reported_together_before_weights_load() -> None:
         PPO(
             model="no/such-model", optimizer=adamw(), rollout_size=10, minibatch_size=4, gamma=1.5, clip=-0.1,
             samples_per_prompt=3, sampling=Sampling(temperature=0.0),
-        )  # fmt: skip
+        ).check_settings()  # fmt: skip
     message = str(error.value)
     for part in ("minibatch_size 4", "samples_per_prompt 3", "gamma", "clip", "sampling.temperature"):
         assert part in message

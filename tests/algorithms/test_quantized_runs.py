@@ -265,8 +265,9 @@ def test_an_nf4_run_is_the_run_on_the_weights_it_stands_for(
 class NothingCarried(PPO):
     """Reads every minibatch anew, though scoring has just read it."""
 
-    def roles_to_carry(self, experience: Experience) -> tuple[str, ...]:
-        return ()
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.collector.trained_as_one = False
 
 
 @pytest.mark.parametrize("kind", KINDS)

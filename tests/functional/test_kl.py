@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from lit_rlhf.functional import AdaptiveKL, FixedKL, KLController, kl_estimate
+from lit_rlhf import AdaptiveKL, FixedKL, KLController
+from lit_rlhf.functional import kl_estimate
 
 MASK = torch.tensor([[True, True, False], [True, False, False]])
 ESTIMATORS = ["k1", "k2", "k3"]

@@ -191,7 +191,7 @@ def test_vllm_refuses_what_it_does_not_do(fake_vllm: type[LLM]) -> None:
         with pytest.raises(ValueError, match="keep_log_probs to false"):
             engine.generate(*arguments, keep_log_probs=True)
     with pytest.raises(ValueError, match="keep_log_probs: VLLMEngine gives no log-probs"):
-        make_ppo(engine=engine, keep_log_probs=True)
+        make_ppo(engine=engine, keep_log_probs=True).check_settings()
 
 
 def test_without_vllm_the_error_says_so() -> None:

@@ -65,7 +65,7 @@ class Uneven:
         keep = torch.arange(experience.mask.shape[1]) < lengths[:, None]
         experience.mask &= keep
         experience.attention_mask[:, -keep.shape[1] :] &= keep
-        if experience.log_probs is not None:
+        if hasattr(experience, "log_probs"):
             experience.log_probs = experience.log_probs.masked_fill(~experience.mask, 0.0)
         return experience
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lit_rlhf import FunctionReward, Reward, RoleReward, WeightedReward
-from lit_rlhf.rollout import RewardError, RewardScaler, Scored
+from lit_rlhf.errors import RewardError
+from lit_rlhf.rollout import RewardScaler, Scored
 
 BATCH = Scored(["p1", "p2"], ["r1", "r22"], {"topic": ["a", "b"]}, torch.tensor([0.5, -1.0]))
 

@@ -23,6 +23,10 @@ class KLController(ABC):
         """The coefficient to use now."""
         return self._value
 
+    def problems(self, size: int) -> list[str]:
+        """Return what is wrong with the settings for iterations of ``size`` responses over all ranks, one line each."""
+        return []
+
     @abstractmethod
     def update(self, kl: float, n: int) -> None:
         """Take note of the mean KL of the last ``n`` responses."""
@@ -85,6 +89,12 @@ class AdaptiveKL(KLController):
         super().__init__(_check_number("coefficient", coefficient, positive=True))
         self.target = _check_number("target", target, positive=True)
         self.horizon = _check_number("horizon", horizon, positive=True)
+
+    def problems(self, size: int) -> list[str]:
+        """Refuse a horizon so short that one update could make the coefficient 0 or negative."""
+        if size < 5 * self.horizon:
+            return []
+        return [f"kl.horizon {self.horizon:g} must be above a fifth of an iteration's {size} responses"]
 
     def update(self, kl: float, n: int) -> None:
         """Adapt to ``kl``, the mean KL of the last ``n`` responses.

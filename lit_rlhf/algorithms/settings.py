@@ -1,0 +1,64 @@
+"""Checks of settings: each returns what is wrong, one line a problem."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+
+from lit_rlhf.backbone import Layout, LoraArgs
+
+
+def out_of_range(
+    settings: object, unit: Sequence[str] = (), positive: Sequence[str] = (), not_negative: Sequence[str] = ()
+) -> list[str]:
+    """Return one line for each attribute outside its range; None is always inside.
+
+    Args:
+        settings: The object.
+        unit: Attributes in [0, 1].
+        positive: Attributes above 0.
+        not_negative: Attributes of at least 0.
+    """
+    found = []
+    for names, holds, text in (
+        (unit, lambda value: 0 <= value <= 1, "in [0, 1]"),
+        (positive, lambda value: value > 0, "positive"),
+        (not_negative, lambda value: value >= 0, "at least 0"),
+    ):
+        for name in names:
+            value = getattr(settings, name)
+            if value is not None and not holds(value):
+                found.append(f"{name} must be {text}, got {value}")
+    return found
+
+
+def optimizer_problems(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None) -> list[str]:
+    """Build optimizer and schedule for a parameter of their own, to see whether they take their arguments."""
+    try:
+        built = optimizer([torch.nn.Parameter(torch.zeros(1, 1))])
+        if lr_scheduler is not None:
+            lr_scheduler(built)
+    except (TypeError, ValueError) as error:
+        return [f"optimizer or lr_scheduler: {error}"]
+    return []
+
+
+def layout_problems(make_layout: Callable[[], Layout], lora: LoraArgs | None) -> list[str]:
+    """See whether the layout has the roles that are needed, and the adapters that the LoRA settings name."""
+    try:
+        layout = make_layout()
+        if lora is not None:
+            lora.check_sets(layout.trained_adapters)
+    except (KeyError, ValueError) as error:
+        return [str(error.args[0])]
+    return []
+
+
+def precision_problems(precision: object) -> list[str]:
+    """Refuse a trainer's precision that casts the whole module."""
+    if str(precision) not in ("bf16-true", "16-true"):
+        return []
+    return [
+        f"precision {precision} would cast adapters, heads and optimizer state too. Use "
+        "trainer.precision: 32-true with model.dtype: bfloat16: only the trunk is stored in 16 bits"
+    ]

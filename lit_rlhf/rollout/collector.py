@@ -1,0 +1,201 @@
+"""The collector: prompts in, experience out. Sample, score, check, estimate, measure, in this order."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_rlhf.functional import kl_estimate, masked_sum
+from lit_rlhf.rollout.engines import Engine
+from lit_rlhf.rollout.experience import Experience
+from lit_rlhf.rollout.length_groups import join, read_groups
+from lit_rlhf.rollout.non_finite import check_rollout, explain_sampling
+from lit_rlhf.rollout.phases import phase
+from lit_rlhf.rollout.policy import Policy
+from lit_rlhf.rollout.rewards import Reward, Scored
+from lit_rlhf.rollout.sampling import Sampling
+from lit_rlhf.strategies.ranks import fail_together, sum_over_ranks, trainer_of, world_size
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Collector:
+    """Collects one iteration's experience with the current policy.
+
+    Args:
+        engine: What samples responses.
+        sampling: How.
+        reward: What rates them.
+        batch_size: Responses sampled and scored at once.
+        group_size: Score responses of similar length together, this many at once, without the padding they share; None
+            scores them as they come.
+        keep_log_probs: Take the old log-probs from sampling; None does so where both agree.
+        sampling_agrees: Whether decoding and a forward pass over the response compute the same log-probs, as far as
+            the model's dtype goes.
+        trained_as_one: The rollout is a single minibatch in a single inner epoch.
+        skip_non_finite: Leave a rollout out that holds a number that is not finite, rather than raise.
+    """
+
+    engine: Engine
+    sampling: Sampling
+    reward: Reward
+    batch_size: int
+    group_size: int | None = None
+    keep_log_probs: bool | None = None
+    sampling_agrees: bool = False
+    trained_as_one: bool = False
+    skip_non_finite: bool = False
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the settings, one line each."""
+        found = self.sampling.problems()
+        if self.batch_size < 1:
+            found.append(f"rollout_batch_size must be positive, got {self.batch_size}")
+        if self.keep_log_probs and not self.engine.gives_log_probs:
+            found.append(f"keep_log_probs: {type(self.engine).__name__} gives no log-probs; leave it out, or false")
+        return found
+
+    @torch.no_grad()
+    def collect(self, policy: Policy, prompts: dict[str, Any]) -> tuple[Experience, list[Row], dict[str, float]]:
+        """Collect one iteration's experience.
+
+        Args:
+            policy: The module in training; its hooks ``sample``, ``score`` and ``estimate`` are called.
+            prompts: A prompt batch: ``tokens`` [N, P] long, ``attention_mask`` [N, P] bool, ``prompts``, ``columns``.
+
+        Returns:
+            The experience, ready for the loss; its samples as text; and its means over all ranks, to be logged.
+        """
+        with phase(policy, "generation"), fail_together(policy):
+            experience = self._sample(policy, prompts)
+        with phase(policy, "scoring"):
+            with fail_together(policy):
+                self._record_first_pass(policy, experience)
+                scored = policy.score(experience, prompts)
+            check_rollout(policy, experience, scored, self.skip_non_finite)
+            if not experience.left_out:
+                policy.reward_scaler.update(experience.scores, lambda tensor: sum_over_ranks(policy, tensor))
+            policy.estimate(experience)
+        metrics = {**self.measure(policy, experience), "kl_coef": policy.kl.value}
+        if not experience.left_out:
+            policy.kl.update(metrics["kl"], len(experience) * world_size(policy))
+        experience.greedy = None  # type: ignore[assignment]
+        texts = zip(scored.prompts, scored.responses, experience.scores.tolist(), strict=True)
+        return experience, [{"prompt": p, "response": r, "score": s} for p, r, s in texts], metrics
+
+    def _sample(self, policy: Policy, prompts: dict[str, Any]) -> Experience:
+        try:
+            return policy.sample(prompts)
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):  # ours and torch's words for logits that are not finite
+                raise
+            raise explain_sampling(policy, policy.backbone.named_parameters(prefix="backbone")) from error
+
+    def generate(self, policy: Policy, prompts: dict[str, Any], samples: int = 1, greedy: bool = False) -> Experience:
+        """Sample responses with the current actor; see :meth:`lit_rlhf.rollout.Engine.generate`."""
+        with policy.backbone.use("actor") as model:
+            return self.engine.generate(
+                model,
+                prompts["tokens"],
+                prompts["attention_mask"],
+                self.sampling,
+                policy.pad_id,
+                policy.eos_ids,
+                samples=samples,
+                greedy=greedy,
+                batch_size=self.batch_size,
+                in_step=policy.backbone.is_sharded,
+                keep_log_probs=self._keeps_log_probs(policy),
+            )
+
+    def _keeps_log_probs(self, policy: Policy) -> bool:
+        if self.keep_log_probs is not None:
+            return self.keep_log_probs
+        trainer = trainer_of(policy)
+        precision = "32-true" if trainer is None else str(trainer.precision)
+        exact = torch.get_float32_matmul_precision() == "highest" and precision == "32-true"
+        return self.engine.gives_log_probs and self.sampling_agrees and exact
+
+    @torch.no_grad()
+    def score(self, policy: Policy, experience: Experience, prompts: dict[str, Any]) -> Scored:
+        """Fill log-probs and values (unless they are known), reference log-probs and scores.
+
+        One forward pass per (trunk, adapter). Greedy responses get their scores only. Returns what was scored.
+        """
+        known = {"actor": hasattr(experience, "log_probs"), "critic": hasattr(experience, "values")}
+        read = self._read(policy, tuple(r for r in policy.backbone.layout.roles if not known.get(r)), experience)
+        if "actor" in read:
+            experience.log_probs = read["actor"]
+        experience.ref_log_probs = read["reference"]
+        if "critic" in read:
+            experience.values = read["critic"]
+        if hasattr(experience, "greedy"):
+            greedy = experience.greedy
+            rated = self._read(policy, ("reward",), greedy) if self.reward.needs_reward_role else {}
+            self._rate(policy, greedy, prompts, rated.get("reward"))
+        return self._rate(policy, experience, prompts, read.get("reward"))
+
+    def _record_first_pass(self, policy: Policy, experience: Experience) -> None:
+        """Run the loss's first forward pass now, and keep it, where it reads the very batch that is scored."""
+        policy.backbone.forget()
+        roles = policy.loss_passes()[0]
+        fields = {"actor": "log_probs", "critic": "values"}
+        wanted = any(not hasattr(experience, fields[role]) for role in roles)
+        at_once = self.trained_as_one and self.batch_size >= len(experience)
+        if not (wanted and at_once) or trainer_of(policy) is None or policy.backbone.is_sharded:
+            return
+        outputs = policy.backbone.record(roles, *experience.inputs, **policy.pass_options())
+        for role in roles:
+            if not hasattr(experience, fields[role]):
+                setattr(experience, fields[role], outputs[role])
+
+    def _read(self, policy: Policy, roles: tuple[str, ...], experience: Experience) -> dict[str, Tensor]:
+        def read(part: Experience) -> dict[str, Tensor]:
+            found: dict[str, Tensor] = policy.backbone(roles, *part.inputs)
+            return found
+
+        if self.group_size is not None:
+            return read_groups(read, experience, self.group_size)
+        return join([read(chunk) for chunk in experience.split(self.batch_size)])
+
+    def _rate(
+        self, policy: Policy, experience: Experience, prompts: dict[str, Any], role_scores: Tensor | None
+    ) -> Scored:
+        copies = len(experience) // len(prompts["prompts"])
+        texts = [text for text in prompts["prompts"] for _ in range(copies)]
+        columns = {name: [v for v in values for _ in range(copies)] for name, values in prompts["columns"].items()}
+        scored = Scored(texts, experience.decode(policy.tokenizer), columns, role_scores)
+        experience.scores = self.reward.score(scored).to(experience.tokens.device)
+        return scored
+
+    def measure(self, policy: Policy, experience: Experience) -> dict[str, float]:
+        """Return the rollout's means over all ranks.
+
+        ``kl`` is the sum over a response's tokens (k1), ``kl_penalty`` the same by the chosen estimator.
+        """
+        e = experience
+        length = e.mask.sum(dim=1).float()
+        columns = {
+            "score": e.scores,
+            "kl": masked_sum(kl_estimate(e.log_probs, e.ref_log_probs, e.mask, "k1"), e.mask, dim=1),
+            "kl_penalty": masked_sum(policy.kl_penalty(e), e.mask, dim=1),
+            "response_length": length,
+            "truncated": e.truncated.float(),
+            "entropy": -masked_sum(e.log_probs, e.mask, dim=1) / length.clamp_min(1.0),
+        }
+        if hasattr(e, "greedy"):
+            columns["greedy_score"] = e.greedy.scores
+        sums = [column.double().sum() for column in columns.values()]
+        counts = [sums[0].new_tensor(len(column)) for column in columns.values()]
+        totals, rows = sum_over_ranks(policy, torch.stack([torch.stack(sums), torch.stack(counts)])).tolist()
+        return {name: total / n for name, total, n in zip(columns, totals, rows, strict=True)}
+
+    @torch.no_grad()
+    def evaluate(self, policy: Policy, prompts: dict[str, Any]) -> dict[str, float]:
+        """Sample one response to each prompt and score it; return their means over all ranks."""
+        with phase(policy, "evaluation"):
+            experience = self.generate(policy, prompts)
+            policy.score(experience, prompts)
+        return self.measure(policy, experience)

@@ -71,8 +71,7 @@ def generate(
 
 
 def _read_prompts(path: str) -> list[Any]:
-    from lit_rlhf.data.readers import read_rows
-    from lit_rlhf.data.schemas import Fields, parse_prompt
+    from lit_rlhf.data import Fields, parse_prompt, read_rows
 
     return [parse_prompt(row, Fields("columns")).prompt for row in read_rows(path)]
 

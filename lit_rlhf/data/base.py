@@ -1,64 +1,48 @@
-"""Base of the data modules: reads, splits and tokenises rows once."""
+"""The way of every row, whatever it becomes: read, parse, split and tokenize in `setup`, batch in the loaders."""
 
 from __future__ import annotations
 
 import json
 import signal
 from abc import ABC, abstractmethod
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Generic, cast, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, Dataset
 
-from lit_rlhf.data.errors import BadRows, DataError, OnBadRow
-from lit_rlhf.data.loader import ResumableLoader
-from lit_rlhf.data.public import PublicFormat, RowConverter, converted_rows, find_converter
-from lit_rlhf.data.rankings import Notes, Ranking
-from lit_rlhf.data.readers import HUB_PREFIX, Row, load_hub
-from lit_rlhf.data.sampler import LengthGroupedSampler
-from lit_rlhf.data.schemas import (
-    Fields,
-    Format,
-    Instruction,
-    Pair,
-    Prompt,
-    load_records,
-)
-from lit_rlhf.data.tokenize import (
-    InstructionTokens,
-    PairTokens,
-    PromptTokens,
-    TokenizeOptions,
-    pad_token_id,
-)
+from lit_rlhf.data.batches import collate
+from lit_rlhf.data.errors import BadRows, DataError, Notes, OnBadRow
+from lit_rlhf.data.formats import PublicFormat, RowConverter, converted_rows, find_converter
+from lit_rlhf.data.order import LengthGroupedSampler, ResumableLoader
+from lit_rlhf.data.parsing import Fields, Format, load_records
+from lit_rlhf.data.records import Ranking, Record, TokensT
+from lit_rlhf.data.sources import HUB_PREFIX, Row, load_hub
+from lit_rlhf.data.tokens import TokenizeOptions, pad_token_id, tokenize
 from lit_rlhf.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RecordT = TypeVar("RecordT", Pair, Instruction, Prompt)
-ExampleT = TypeVar("ExampleT", PairTokens, InstructionTokens, PromptTokens)
 
-
-class ExampleDataset(Dataset[ExampleT]):
-    """Tokenised examples as a map-style dataset.
+class ExampleDataset(Dataset[TokensT]):
+    """Tokenized examples as a map-style dataset.
 
     Args:
         examples: The examples.
     """
 
-    def __init__(self, examples: Sequence[ExampleT]) -> None:
-        self.examples: Sequence[ExampleT] = examples
+    def __init__(self, examples: Sequence[TokensT]) -> None:
+        super().__init__()
+        self.examples: Sequence[TokensT] = examples
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> ExampleT:
+    def __getitem__(self, index: int) -> TokensT:
         return self.examples[index]
 
     def longest(self) -> int:
@@ -67,23 +51,22 @@ class ExampleDataset(Dataset[ExampleT]):
 
     def largest_id(self) -> int:
         """The largest token id, 0 of none."""
-        columns = (value for example in self.examples for value in vars(example).values())
-        return max((max(ids) for ids in columns if isinstance(ids, array) and ids), default=0)
+        return max((max(ids, default=0) for e in self.examples for ids in (e.prompt, *e.responses)), default=0)
 
 
-def check(*conditions: tuple[bool, str]) -> None:
-    """Check arguments, given as (condition that must hold, message).
-
-    Raises:
-        ValueError: With the messages of all conditions that do not hold.
-    """
-    problems = [message for holds, message in conditions if not holds]
-    if problems:
-        raise ConfigError("; ".join(problems))
+def unmet(*conditions: tuple[bool, str]) -> list[str]:
+    """The messages of the conditions, given as (condition, message), that do not hold."""
+    return [message for holds, message in conditions if not holds]
 
 
-class TextData(LightningDataModule, ABC, Generic[RecordT, ExampleT]):
-    """Base of the data modules: reads, splits and tokenises, once, in `setup`.
+def at_least_1(name: str, value: int | None, or_none: bool = False) -> tuple[bool, str]:
+    """The condition that a setting is 1 or more, or None where that is allowed, with its message."""
+    holds = or_none if value is None else value >= 1
+    return holds, f"{name} must be at least 1{' or None' if or_none else ''}, not {value}"
+
+
+class TextData(LightningDataModule, ABC, Generic[TokensT]):
+    """Base of the data modules: reads, splits and tokenizes, once, in `setup`.
 
     The tokenizer is the LightningModule's `tokenizer`, unless the data module's own attribute `tokenizer` was
     set before. Rows are shuffled by `split_seed` before they are limited and split.
@@ -99,7 +82,7 @@ class TextData(LightningDataModule, ABC, Generic[RecordT, ExampleT]):
         format: "columns" reads a prompt field and response fields (text or chat messages), "hh" reads
             chosen and rejected as whole HH-RLHF transcripts, "auto" tells these two apart row by row. "gpt4_llm",
             "oasst", "tldr", "stack_exchange" and "shp" read those data sets as they are published; what holds no
-            preference is counted in a warning. Of another layout give the import path of a function
+            preference is counted in a warning. For another layout give the import path of a function
             from a `Row` to its list of `Ranking`.
         prompt_column: Field of the prompt.
         chosen_column: Field of the chosen response.
@@ -111,7 +94,7 @@ class TextData(LightningDataModule, ABC, Generic[RecordT, ExampleT]):
         num_workers: Processes that build batches; 0 builds them in the training process.
 
     Raises:
-        ValueError: An argument is out of range; all such arguments are reported together.
+        ConfigError: An argument is out of range; all such arguments are reported together.
     """
 
     def __init__(
@@ -132,56 +115,74 @@ class TextData(LightningDataModule, ABC, Generic[RecordT, ExampleT]):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        fraction = isinstance(validation_size, float)
-        self.is_converted = find_converter(format) is not None
-        columns = (prompt_column, chosen_column, rejected_column)
-        check(
-            (bool(train), "train must name at least one source"),
-            (validation_size >= 0, f"validation_size must not be negative, not {validation_size}"),
-            (
-                not fraction or validation_size < 1,
-                f"validation_size {validation_size} is not a fraction below 1",
-            ),
-            (limit is None or limit >= 1, f"limit must be at least 1 or None, not {limit}"),
-            (max_prompt_length >= 1, f"max_prompt_length must be at least 1, not {max_prompt_length}"),
-            (batch_size >= 1, f"batch_size must be at least 1, not {batch_size}"),
-            (num_workers >= 0, f"num_workers must not be negative, not {num_workers}"),
-            (
-                not self.is_converted or columns == ("prompt", "chosen", "rejected"),
-                f"the *_column options act on formats {', '.join(get_args(Format))} only, not on {format!r}",
-            ),
-        )
         self.sources = [train] if isinstance(train, str) else list(train)
         self.validation = validation
         self.validation_size = validation_size
         self.split_seed = split_seed
         self.limit = limit
         self.format = format
-        self.fields = Fields("columns" if self.is_converted else cast(Format, format), *columns)
+        layout = "columns" if self.is_published else cast(Format, format)
+        self.fields = Fields(layout, prompt_column, chosen_column, rejected_column)
         self.on_bad_row: OnBadRow = on_bad_row
-        self.options = TokenizeOptions(max_prompt_length, drop_overlong_prompts=drop_overlong_prompts)
+        self.max_prompt_length = max_prompt_length
+        self.drop_overlong_prompts = drop_overlong_prompts
         self.batch_size = batch_size
+        self.eval_batch_size: int | None = None
         self.num_workers = num_workers
         self.tokenizer: PreTrainedTokenizerBase | None = None
-        self.train_dataset: ExampleDataset[ExampleT] | None = None
-        self.val_dataset: ExampleDataset[ExampleT] | None = None
+        self.train_dataset: ExampleDataset[TokensT] | None = None
+        self.val_dataset: ExampleDataset[TokensT] | None = None
         self.pad_id = -1  # known from setup on
 
     @abstractmethod
-    def parse(self, row: Row) -> RecordT:
+    def parse(self, row: Row) -> Record[TokensT]:
         """Turn a row into this module's record, or raise a DataError."""
 
     @abstractmethod
     def expand(self, rankings: Iterable[Ranking], notes: Notes) -> Iterator[Row]:
         """Turn the rankings of a published format into the rows this module parses."""
 
-    @abstractmethod
-    def tokenize(self, records: list[RecordT], tokenizer: PreTrainedTokenizerBase, bad: BadRows) -> list[ExampleT]:
-        """Tokenise records, reporting bad ones to `bad`."""
+    @property
+    def is_published(self) -> bool:
+        """Whether rows are in a published format or the user's own, which become rankings first."""
+        return callable(self.format) or self.format not in get_args(Format)
 
-    @abstractmethod
-    def collate_fn(self) -> Callable[[Sequence[ExampleT]], dict[str, Any]]:
-        """Function that builds a padded batch, without a reference to this module (workers pickle it)."""
+    @property
+    def options(self) -> TokenizeOptions:
+        """Length limits and EOS policy."""
+        return TokenizeOptions(self.max_prompt_length, drop_overlong_prompts=self.drop_overlong_prompts)
+
+    def _problems(self) -> list[str]:
+        """What is wrong with the settings; a module with more settings adds to it."""
+        size = self.validation_size
+        columns = (self.fields.prompt, self.fields.chosen, self.fields.rejected)
+        problems = unmet(
+            (any(self.sources), "train must name at least one source"),
+            (size >= 0, f"validation_size must not be negative, not {size}"),
+            (size < 1 or not isinstance(size, float), f"validation_size {size} is not a fraction below 1"),
+            at_least_1("limit", self.limit, or_none=True),
+            at_least_1("max_prompt_length", self.max_prompt_length),
+            at_least_1("batch_size", self.batch_size),
+            (self.num_workers >= 0, f"num_workers must not be negative, not {self.num_workers}"),
+            (
+                not self.is_published or columns == ("prompt", "chosen", "rejected"),
+                f"the *_column options act on formats {', '.join(get_args(Format))} only, not on {self.format!r}",
+            ),
+        )
+        try:
+            find_converter(self.format)
+        except ConfigError as error:
+            problems.append(str(error))
+        return problems
+
+    def _check_settings(self) -> None:
+        """Check all settings; called by the last line of each module's constructor, and by `setup`.
+
+        Raises:
+            ConfigError: With everything that is wrong.
+        """
+        if problems := self._problems():
+            raise ConfigError("; ".join(problems))
 
     def prepare_data(self) -> None:
         """Download hub sources, on one process per node, so that `setup` finds them in the cache.
@@ -194,7 +195,7 @@ class TextData(LightningDataModule, ABC, Generic[RecordT, ExampleT]):
                 load_hub(source)
 
     def setup(self, stage: str) -> None:
-        """Read, split and tokenise everything; does nothing the second time.
+        """Read, split and tokenize everything; does nothing the second time.
 
         Raises:
             DataError: A source cannot be read, a row is bad (with on_bad_row "error"), or no rows are left.
@@ -202,6 +203,7 @@ class TextData(LightningDataModule, ABC, Generic[RecordT, ExampleT]):
         """
         if self.train_dataset is not None:
             return
+        self._check_settings()
         tokenizer = self._find_tokenizer()
         pad_id = pad_token_id(tokenizer)
         bad = BadRows(self.on_bad_row)
@@ -212,7 +214,7 @@ class TextData(LightningDataModule, ABC, Generic[RecordT, ExampleT]):
             held_out = self._load([self.validation], bad)
         else:
             held_out, records = self._split(records)
-        train, val = (self.tokenize(part, tokenizer, bad) if part else [] for part in (records, held_out))
+        train, val = (tokenize(part, tokenizer, self.options, bad) for part in (records, held_out))
         bad.warn()
         for name, part, before in (("training", train, records), ("validation", val, held_out)):
             if before and not part:
@@ -222,16 +224,18 @@ class TextData(LightningDataModule, ABC, Generic[RecordT, ExampleT]):
         self.val_dataset = ExampleDataset(val)
         self.train_dataset = ExampleDataset(train)
 
-    def _load(self, sources: list[str], bad: BadRows) -> list[RecordT]:
+    def _load(self, sources: list[str], bad: BadRows) -> list[Record[TokensT]]:
+        """Stages 1 to 3: rows of the sources, in column format, as records."""
         convert = partial(converted_rows, format=self.format, expand=self.expand, on_bad=bad)
         return load_records(sources, self.parse, bad, convert)
 
-    def _split(self, records: list[RecordT]) -> tuple[list[RecordT], list[RecordT]]:
+    def _split(self, records: list[Record[TokensT]]) -> tuple[list[Record[TokensT]], list[Record[TokensT]]]:
         """Hold out the first rows of the shuffle, and every other row with one of their prompts."""
         size = self._held_out_size(len(records))
-        prompts = {json.dumps(record.prompt) for record in records[:size]}
-        held_out = [record for record in records if json.dumps(record.prompt) in prompts]
-        rest = [record for record in records if json.dumps(record.prompt) not in prompts]
+        keys = [json.dumps(record.prompt) for record in records]
+        prompts = set(keys[:size])
+        held_out = [record for record, key in zip(records, keys, strict=True) if key in prompts]
+        rest = [record for record, key in zip(records, keys, strict=True) if key not in prompts]
         if not rest:
             raise DataError(
                 "all rows share the prompts of the validation rows, which leaves none to train on",
@@ -262,14 +266,18 @@ class TextData(LightningDataModule, ABC, Generic[RecordT, ExampleT]):
             )
         return tokenizer
 
-    def _ready(self, dataset: ExampleDataset[ExampleT] | None) -> ExampleDataset[ExampleT]:
+    def _ready(self, dataset: ExampleDataset[TokensT] | None) -> ExampleDataset[TokensT]:
         if dataset is None:
             raise MisconfigurationException(f"{type(self).__name__} has no data yet: call setup() first.")
         return dataset
 
+    def collate_fn(self) -> Callable[[Sequence[TokensT]], dict[str, Any]]:
+        """Stage 5: `collate` with the tokenizer's pad id, without a reference to this module (workers pickle it)."""
+        return partial(collate, pad_id=self.pad_id)
+
     def _loader(
-        self, dataset: ExampleDataset[ExampleT], batch_size: int, sampler: LengthGroupedSampler | None = None
-    ) -> DataLoader[ExampleT]:
+        self, dataset: ExampleDataset[TokensT], batch_size: int, sampler: LengthGroupedSampler | None = None
+    ) -> DataLoader[TokensT]:
         kind = DataLoader if sampler is None else ResumableLoader
         return kind(
             dataset,
@@ -277,31 +285,28 @@ class TextData(LightningDataModule, ABC, Generic[RecordT, ExampleT]):
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=_leave_sigterm_to_the_run,
+            worker_init_fn=_ignore_sigterm,
             collate_fn=self.collate_fn(),
         )
 
-    def val_dataloader(self) -> DataLoader[ExampleT] | list[Any]:
+    def val_dataloader(self) -> DataLoader[TokensT] | list[DataLoader[TokensT]]:
         """Validation batches in a fixed order, or an empty list if there is no validation.
 
         Raises:
             MisconfigurationException: `setup` has not run.
         """
         dataset = self._ready(self.val_dataset)
-        return self._loader(dataset, self._eval_batch_size()) if len(dataset) else []
+        return self._loader(dataset, self.eval_batch_size or self.batch_size) if len(dataset) else []
 
-    def test_dataloader(self) -> DataLoader[ExampleT] | list[Any]:
+    def test_dataloader(self) -> DataLoader[TokensT] | list[DataLoader[TokensT]]:
         """The validation batches; to test on other rows, name them in `validation`."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> DataLoader[ExampleT] | list[Any]:
+    def predict_dataloader(self) -> DataLoader[TokensT] | list[DataLoader[TokensT]]:
         """The validation batches."""
         return self.val_dataloader()
 
-    def _eval_batch_size(self) -> int:
-        return self.batch_size
 
-
-def _leave_sigterm_to_the_run(worker: int) -> None:
-    """Schedulers signal every process; a worker that ended would take the run along, before it has saved."""
+def _ignore_sigterm(worker: int) -> None:
+    """Schedulers signal every process; a worker that ended would end the run with it, before it has saved."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""The one error of the data room, and the collector that turns it into a summary when rows are skipped."""
+"""The one error of the data room, and two counters: of rows that are bad, and of what a format leaves out."""
 
 from __future__ import annotations
 
@@ -25,23 +25,17 @@ class DataError(LitRLHFError, ValueError):
     """
 
     def __init__(self, problem: str, *, where: str, field: str | None = None, fix: str = "", reason: str = "") -> None:
-        subject = f"field {field!r} {problem}" if field is not None else problem
-        super().__init__(f"{where}: {subject}." + (f" {fix}" if fix else ""))
+        super().__init__(f"{where}: {_sentence(problem, field)}." + (f" {fix}" if fix else ""))
         self.where = where
         self.field = field
-        self.reason = reason or subject
+        self.reason = reason or _sentence(problem, field)
+
+
+def _sentence(problem: str, field: str | None) -> str:
+    return problem if field is None else f"field {field!r} {problem}"
 
 
 BadRowHandler = Callable[[DataError], None]
-
-
-def raise_error(error: DataError) -> None:
-    """Handle a bad row by raising its error.
-
-    Raises:
-        DataError: Always.
-    """
-    raise error
 
 
 class BadRows:
@@ -52,6 +46,7 @@ class BadRows:
     """
 
     def __init__(self, policy: OnBadRow = "error") -> None:
+        super().__init__()
         self.policy = policy
         self.counts: Counter[str] = Counter()
         self.first: DataError | None = None
@@ -65,8 +60,7 @@ class BadRows:
         if self.policy == "error":
             raise error
         self.counts[error.reason] += 1
-        if self.first is None:
-            self.first = error
+        self.first = self.first or error
 
     def warn(self) -> None:
         """Issue one warning with the count per reason and the first example; nothing if no row was bad."""
@@ -74,3 +68,16 @@ class BadRows:
             return
         reasons = ", ".join(f"{count} x {reason}" for reason, count in self.counts.most_common())
         rank_zero_warn(f"Skipped {self.counts.total()} bad rows: {reasons}. The first was {self.first}")
+
+
+RAISE: BadRowHandler = BadRows("error")
+
+
+class Notes(Counter[str]):
+    """How much a format left out that is no fault of the data, by reason, for one warning."""
+
+    def warn(self, name: str) -> None:
+        """Issue one warning about the format `name`, or none if nothing was left out."""
+        told = [f"{count} {reason}" for reason, count in self.items() if count]
+        if told:
+            rank_zero_warn(f"Format {name!r} left out: {'; '.join(told)}.")

@@ -6,8 +6,7 @@ import math
 from typing import Any
 
 from lit_rlhf.data.errors import DataError
-from lit_rlhf.data.readers import Row
-from lit_rlhf.data.schemas import check_unicode
+from lit_rlhf.data.sources import Row
 
 Key = str | int
 
@@ -16,7 +15,7 @@ def value_at(row: Row, *path: Key) -> Any:
     """The value at a path, None if the last step is absent or null. Indices must lie in their list.
 
     Raises:
-        DataError: An earlier step is absent, or is no object where the next step names a field.
+        DataError: An earlier step is absent, or is not an object where the next step names a field.
     """
     value: Any = row.data
     for depth, key in enumerate(path):
@@ -26,7 +25,7 @@ def value_at(row: Row, *path: Key) -> Any:
         if value is None:
             raise _missing(row, path[:depth])
         if not isinstance(value, dict):
-            raise wrong_type(row, path[:depth], "an object", value)
+            raise _wrong_type(row, path[:depth], "an object", value)
         value = value.get(key)
     return value
 
@@ -39,8 +38,8 @@ def text_at(row: Row, *path: Key, may_be_empty: bool = False) -> str:
     """
     value = _required(row, path)
     if not isinstance(value, str):
-        raise wrong_type(row, path, "text", value)
-    check_unicode(row, name_of(path), value)
+        raise _wrong_type(row, path, "text", value)
+    check_unicode(row, value, *path)
     if not may_be_empty and not value.strip():
         raise bad_field(row, path, "has an empty text", "empty field")
     return value
@@ -54,7 +53,7 @@ def list_at(row: Row, *path: Key) -> list[Any]:
     """
     value = _required(row, path)
     if not isinstance(value, list):
-        raise wrong_type(row, path, "a list", value)
+        raise _wrong_type(row, path, "a list", value)
     return value
 
 
@@ -66,7 +65,7 @@ def number_at(row: Row, *path: Key) -> float:
     """
     value = _required(row, path)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise wrong_type(row, path, "a number", value)
+        raise _wrong_type(row, path, "a number", value)
     try:
         number = float(value)
     except OverflowError:
@@ -96,8 +95,26 @@ def flag_at(row: Row, *path: Key) -> bool | None:
     """
     value = value_at(row, *path)
     if value is not None and not isinstance(value, bool):
-        raise wrong_type(row, path, "true or false", value)
+        raise _wrong_type(row, path, "true or false", value)
     return value
+
+
+def check_unicode(row: Row, text: str, *path: Key) -> None:
+    """Check the text at a path.
+
+    Raises:
+        DataError: It holds half of a surrogate pair.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which tokenizers refuse
+        raise DataError(
+            f"holds a lone surrogate at character {error.start + 1}",
+            where=row.where,
+            field=name_of(path),
+            fix="Write the text again from properly decoded strings.",
+            reason="not Unicode text",
+        ) from error
 
 
 def name_of(path: tuple[Key, ...]) -> str:
@@ -105,17 +122,16 @@ def name_of(path: tuple[Key, ...]) -> str:
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
 
 
-def bad_field(row: Row, path: tuple[Key, ...], problem: str, reason: str, fix: str = "") -> DataError:
-    """Error of a field; skipped rows are counted under the reason and the field without its indices."""
+def bad_field(row: Row, path: tuple[Key, ...], problem: str, kind: str, fix: str = "") -> DataError:
+    """Error of a field; skipped rows are counted under the kind of problem and the field without its indices."""
     general = name_of(path)
     for index in {key for key in path if isinstance(key, int)}:
         general = general.replace(f"[{index}]", "[]")
     fix = fix or "Correct or remove the row."
-    return DataError(problem, where=row.where, field=name_of(path), fix=fix, reason=f"{reason} {general!r}")
+    return DataError(problem, where=row.where, field=name_of(path), fix=fix, reason=f"{kind} {general!r}")
 
 
-def wrong_type(row: Row, path: tuple[Key, ...], expected: str, value: Any) -> DataError:
-    """Error of a field that does not hold what is expected."""
+def _wrong_type(row: Row, path: tuple[Key, ...], expected: str, value: Any) -> DataError:
     return bad_field(row, path, f"must be {expected}, not {type(value).__name__}", "wrong type of field")
 
 

@@ -1,41 +1,39 @@
-"""LightningDataModules of preference pairs, instructions and prompts."""
+"""The public data modules; each says what its record is, the way of the rows is `TextData`'s."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from lit_rlhf.data.base import ExampleT, RecordT, TextData, check
-from lit_rlhf.data.collate import collate_instructions, collate_pairs, collate_prompts
-from lit_rlhf.data.errors import BadRows
-from lit_rlhf.data.rankings import Notes, Ranking, instruction_rows, pair_rows, prompt_rows
-from lit_rlhf.data.readers import Row
-from lit_rlhf.data.sampler import LengthGroupedSampler
-from lit_rlhf.data.schemas import Instruction, Pair, Prompt, parse_instruction, parse_pair, parse_prompt
-from lit_rlhf.data.tokenize import (
+from lit_rlhf.data.base import TextData, at_least_1, unmet
+from lit_rlhf.data.errors import Notes
+from lit_rlhf.data.formats import instruction_rows, pair_rows, prompt_rows
+from lit_rlhf.data.order import LengthGroupedSampler
+from lit_rlhf.data.parsing import parse_instruction, parse_pair, parse_prompt
+from lit_rlhf.data.records import (
+    Instruction,
     InstructionTokens,
+    Pair,
     PairTokens,
+    Prompt,
     PromptTokens,
-    tokenize_instructions,
-    tokenize_pairs,
-    tokenize_prompts,
+    Ranking,
+    TokensT,
 )
+from lit_rlhf.data.sources import Row
+from lit_rlhf.data.tokens import TokenizeOptions, TruncatedResponse
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
-
-class ResponseData(TextData[RecordT, ExampleT]):
+class ResponseData(TextData[TokensT]):
     """Base of the modules whose rows hold responses: adds the responses' limits and the training loader.
 
-    The training order follows `seed_everything` and the epoch, see `LengthGroupedSampler`; each rank gets its
-    own examples.
+    The training order is determined by `seed_everything` and the epoch, see `LengthGroupedSampler`; each rank gets
+    its own examples.
 
     Args:
         max_response_length: Longest response in tokens, EOS included; of a longer one the first are kept.
@@ -47,41 +45,47 @@ class ResponseData(TextData[RecordT, ExampleT]):
         kwargs: Arguments of `TextData`.
 
     Raises:
-        ValueError: An argument is out of range.
+        ConfigError: An argument is out of range.
     """
 
     def __init__(
         self,
         max_response_length: int = 512,
-        truncated_response: Literal["keep_eos", "no_eos", "drop"] = "keep_eos",
+        truncated_response: TruncatedResponse = "keep_eos",
         append_eos: bool = True,
         group_by_length: bool = True,
         eval_batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        check(
-            (max_response_length >= 1, f"max_response_length must be at least 1, not {max_response_length}"),
-            (
-                eval_batch_size is None or eval_batch_size >= 1,
-                f"eval_batch_size must be at least 1 or None, not {eval_batch_size}",
-            ),
-        )
-        self.options = replace(
-            self.options,
-            max_response_length=max_response_length,
-            truncated_response=truncated_response,
-            append_eos=append_eos,
-        )
+        self.max_response_length = max_response_length
+        self.truncated_response: TruncatedResponse = truncated_response
+        self.append_eos = append_eos
         self.group_by_length = group_by_length
         self.eval_batch_size = eval_batch_size
 
-    def train_dataloader(self) -> DataLoader[ExampleT]:
+    @property
+    def options(self) -> TokenizeOptions:
+        """Length limits and EOS policy."""
+        return replace(
+            super().options,
+            max_response_length=self.max_response_length,
+            truncated_response=self.truncated_response,
+            append_eos=self.append_eos,
+        )
+
+    def _problems(self) -> list[str]:
+        return super()._problems() + unmet(
+            at_least_1("max_response_length", self.max_response_length),
+            at_least_1("eval_batch_size", self.eval_batch_size, or_none=True),
+        )
+
+    def train_dataloader(self) -> DataLoader[TokensT]:
         """Training batches, in a new order each epoch.
 
         Raises:
+            ConfigError: There are fewer examples than ranks.
             MisconfigurationException: `setup` has not run.
-            ValueError: There are fewer examples than ranks.
         """
         dataset = self._ready(self.train_dataset)
         # Asking the strategy rather than world_size: ranks that share a model shard must get the same data.
@@ -96,35 +100,32 @@ class ResponseData(TextData[RecordT, ExampleT]):
         )
         return self._loader(dataset, self.batch_size, sampler)
 
-    def _eval_batch_size(self) -> int:
-        return self.batch_size if self.eval_batch_size is None else self.eval_batch_size
 
+class PreferenceData(ResponseData[PairTokens]):
+    """Preference pairs, for reward models and direct preference methods.
 
-class PreferenceData(ResponseData[Pair, PairTokens]):
-    """Preference pairs, for reward models and direct preference methods. Batches: see `collate_pairs`.
+    Batches (see `collate`): tokens (2n, P+T), the n chosen rows before the n rejected; attention_mask; mask (2n, T).
 
     Args:
         pairs_per_prompt: Of a published format, use at most so many pairs of one prompt, those with the largest
-            difference of scores or ranks; None for every two responses that differ in it. Equals give no pair.
+            difference of scores or ranks; None for every two responses that differ in it. Ties give no pair.
         kwargs: Arguments of `ResponseData` and `TextData`.
 
     Raises:
-        ValueError: An argument is out of range.
+        ConfigError: An argument is out of range.
     """
 
     def __init__(self, pairs_per_prompt: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check(
-            (
-                pairs_per_prompt is None or pairs_per_prompt >= 1,
-                f"pairs_per_prompt must be at least 1 or None, not {pairs_per_prompt}",
-            ),
-            (
-                pairs_per_prompt is None or self.is_converted,
-                f"pairs_per_prompt does not act on format {self.format!r}",
-            ),
-        )
         self.pairs_per_prompt = pairs_per_prompt
+        self._check_settings()
+
+    def _problems(self) -> list[str]:
+        acts = self.pairs_per_prompt is None or self.is_published
+        return super()._problems() + unmet(
+            at_least_1("pairs_per_prompt", self.pairs_per_prompt, or_none=True),
+            (acts, f"pairs_per_prompt does not act on format {self.format!r}"),
+        )
 
     def parse(self, row: Row) -> Pair:
         """Turn a row into a pair, see `parse_pair`."""
@@ -134,34 +135,29 @@ class PreferenceData(ResponseData[Pair, PairTokens]):
         """Rows of pairs, see `pair_rows`."""
         return pair_rows(rankings, notes, self.pairs_per_prompt)
 
-    def tokenize(self, records: list[Pair], tokenizer: PreTrainedTokenizerBase, bad: BadRows) -> list[PairTokens]:
-        """Tokenise pairs, see `tokenize_pairs`."""
-        return tokenize_pairs(records, tokenizer, self.options, bad)
 
-    def collate_fn(self) -> Callable[[Sequence[PairTokens]], dict[str, Any]]:
-        """`collate_pairs` with the tokenizer's pad id."""
-        return partial(collate_pairs, pad_id=self.pad_id)
-
-
-class InstructionData(ResponseData[Instruction, InstructionTokens]):
+class InstructionData(ResponseData[InstructionTokens]):
     """Prompts with one response, for supervised fine-tuning; of a pair, the chosen response is used.
 
-    A published format gives each prompt once, with its best response. Batches: see `collate_instructions`.
+    A published format gives each prompt once, with its best response.
+    Batches (see `collate`): tokens (n, P+T); attention_mask; mask (n, T).
 
     Args:
         response_column: Field of the response; a row without it gives its `chosen_column`.
         kwargs: Arguments of `ResponseData` and `TextData`.
+
+    Raises:
+        ConfigError: An argument is out of range.
     """
 
     def __init__(self, response_column: str = "response", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check(
-            (
-                not self.is_converted or response_column == "response",
-                f"response_column does not act on format {self.format!r}",
-            )
-        )
         self.fields = replace(self.fields, response=response_column)
+        self._check_settings()
+
+    def _problems(self) -> list[str]:
+        acts = self.fields.response == "response" or not self.is_published
+        return super()._problems() + unmet((acts, f"response_column does not act on format {self.format!r}"))
 
     def parse(self, row: Row) -> Instruction:
         """Turn a row into an instruction, see `parse_instruction`."""
@@ -171,29 +167,24 @@ class InstructionData(ResponseData[Instruction, InstructionTokens]):
         """Rows of each prompt with its best response, see `instruction_rows`."""
         return instruction_rows(rankings, notes)
 
-    def tokenize(
-        self, records: list[Instruction], tokenizer: PreTrainedTokenizerBase, bad: BadRows
-    ) -> list[InstructionTokens]:
-        """Tokenise instructions, see `tokenize_instructions`."""
-        return tokenize_instructions(records, tokenizer, self.options, bad)
 
-    def collate_fn(self) -> Callable[[Sequence[InstructionTokens]], dict[str, Any]]:
-        """`collate_instructions` with the tokenizer's pad id."""
-        return partial(collate_instructions, pad_id=self.pad_id)
-
-
-class PromptData(TextData[Prompt, PromptTokens]):
+class PromptData(TextData[PromptTokens]):
     """Prompts for on-policy algorithms, whose rollout buffer is the training loader.
 
     The buffer decides how many prompts it takes at a time (`prompt_batch`); `batch_size` counts the
-    prompts of a validation batch. A published format gives each prompt once. Batches: see `collate_prompts`.
+    prompts of a validation batch. A published format gives each prompt once.
+    Batches (see `collate`): tokens (n, P); attention_mask; prompts, n strings; columns, name -> n values.
 
     Args:
         kwargs: Arguments of `TextData`.
+
+    Raises:
+        ConfigError: An argument is out of range.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self._check_settings()
 
     def parse(self, row: Row) -> Prompt:
         """Turn a row into a prompt, see `parse_prompt`."""
@@ -202,14 +193,6 @@ class PromptData(TextData[Prompt, PromptTokens]):
     def expand(self, rankings: Iterable[Ranking], notes: Notes) -> Iterator[Row]:
         """Rows of each prompt once, see `prompt_rows`."""
         return prompt_rows(rankings, notes)
-
-    def tokenize(self, records: list[Prompt], tokenizer: PreTrainedTokenizerBase, bad: BadRows) -> list[PromptTokens]:
-        """Tokenise prompts, see `tokenize_prompts`."""
-        return tokenize_prompts(records, tokenizer, self.options, bad)
-
-    def collate_fn(self) -> Callable[[Sequence[PromptTokens]], dict[str, Any]]:
-        """`collate_prompts` with the tokenizer's pad id."""
-        return partial(collate_prompts, pad_id=self.pad_id)
 
     @property
     def num_prompts(self) -> int:
@@ -223,9 +206,6 @@ class PromptData(TextData[Prompt, PromptTokens]):
     def prompt_batch(self, indices: Sequence[int]) -> dict[str, Any]:
         """Batch of the training prompts at `indices`, in that order, all padded to one width.
 
-        Returns:
-            See `collate_prompts`.
-
         Raises:
             IndexError: An index is not below `num_prompts`.
             ValueError: There are no indices.
@@ -234,14 +214,14 @@ class PromptData(TextData[Prompt, PromptTokens]):
         dataset = self._ready(self.train_dataset)
         return self.collate_fn()([dataset[index] for index in indices])
 
-    def train_dataloader(self) -> Any:
+    def train_dataloader(self) -> Iterable[Any]:
         """The LightningModule's `rollout_buffer`.
 
         Raises:
             MisconfigurationException: There is no LightningModule, or it has no such buffer.
         """
         module = self.trainer.lightning_module if self.trainer is not None else None
-        buffer = getattr(module, "rollout_buffer", None)
+        buffer: Iterable[Any] | None = getattr(module, "rollout_buffer", None)
         if buffer is None:
             raise MisconfigurationException(
                 "PromptData is for on-policy algorithms, which train on their `rollout_buffer`; "

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from lit_rlhf.data.errors import BadRowHandler, DataError
+from lit_rlhf.data.errors import BadRowHandler, DataError, Notes
 from lit_rlhf.data.fields import Key, bad_field, flag_at, list_at, number_at, text_at, value_at
-from lit_rlhf.data.rankings import Notes, Ranking
-from lit_rlhf.data.readers import Row
-from lit_rlhf.data.schemas import Messages
+from lit_rlhf.data.records import Messages, Ranking
+from lit_rlhf.data.sources import Row
 
 READY = "ready_for_export"
 CHAT_ROLES = {"prompter": "user", "assistant": "assistant"}

@@ -10,7 +10,7 @@ from public_helpers import GOOD_ROWS, comparison, instructions, load, pairs, pos
 
 from lit_rlhf.cli import main
 from lit_rlhf.data import DataError, InstructionData, PreferenceData, PromptData, Ranking
-from lit_rlhf.data.public import FORMATS
+from lit_rlhf.data.formats import FORMATS
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from public_helpers import ANSWERED, GOOD_ROWS, KINDS, PAIRED, SCORED, SECOND, comparison, flat_rows, load, post
 
 from lit_rlhf.data import BadRows, DataError
-from lit_rlhf.data.public import FORMATS
+from lit_rlhf.data.formats import FORMATS
 
 
 def without(row, *path):

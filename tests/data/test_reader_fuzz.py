@@ -14,9 +14,16 @@ import pyarrow.parquet
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lit_rlhf.data.errors import BadRows, DataError
-from lit_rlhf.data.readers import Row, read_rows
-from lit_rlhf.data.schemas import load_records, parse_instruction, parse_pair, parse_prompt
+from lit_rlhf.data import (
+    BadRows,
+    DataError,
+    Row,
+    load_records,
+    parse_instruction,
+    parse_pair,
+    parse_prompt,
+    read_rows,
+)
 
 quick = settings(max_examples=150, deadline=10_000, derandomize=True)
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)

@@ -1,4 +1,6 @@
-"""Formats of published preference data: rows as they are published to rankings.
+"""Stage 2, formats: rows as they are published become rankings, and rankings rows in column format.
+
+Rows in column format, and HH-RLHF transcripts, need no such step.
 
 Field names are those of the publishers: GPT-4-LLM (arXiv:2304.03277, github.com/Instruction-Tuning-with-GPT-4),
 OASST1 (arXiv:2304.07327, hub OpenAssistant/oasst1), TL;DR comparisons (arXiv:2009.01325,
@@ -8,15 +10,18 @@ lvwerra/stack-exchange-paired) and SHP (arXiv:2110.08420, hub stanfordnlp/SHP).
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import combinations
 from typing import Any, Literal, get_args
 
-from lit_rlhf.data.errors import BadRowHandler, DataError
+from lit_rlhf.data.errors import BadRowHandler, DataError, Notes
 from lit_rlhf.data.fields import bad_field, choice_at, list_at, number_at, text_at, value_at
 from lit_rlhf.data.oasst import oasst
-from lit_rlhf.data.rankings import Notes, Ranking
-from lit_rlhf.data.readers import Row
-from lit_rlhf.data.schemas import Format
+from lit_rlhf.data.parsing import Format
+from lit_rlhf.data.records import Ranking
+from lit_rlhf.data.sources import Row
 from lit_rlhf.errors import ConfigError
 
 PublicFormat = Literal["gpt4_llm", "oasst", "tldr", "stack_exchange", "shp"]
@@ -103,7 +108,7 @@ def find_converter(format: Format | PublicFormat | RowConverter) -> Converter | 
     """The converter of a format, None for the formats whose rows are parsed as they are.
 
     Raises:
-        ValueError: There is no such format.
+        ConfigError: There is no such format.
     """
     if callable(format):
         return each(format)
@@ -130,7 +135,7 @@ def converted_rows(
         on_bad: Called with the error of each bad row; when it returns, the row is left out.
 
     Raises:
-        ValueError: There is no such format.
+        ConfigError: There is no such format.
     """
     convert = find_converter(format)
     if convert is None:
@@ -139,6 +144,72 @@ def converted_rows(
     notes = Notes()
     yield from expand(convert(rows, on_bad, notes), notes)
     notes.warn(getattr(format, "__qualname__", str(format)))
+
+
+def pair_rows(rankings: Iterable[Ranking], notes: Notes, per_prompt: int | None = None) -> Iterator[Row]:
+    """Rows of every two responses with different scores.
+
+    Args:
+        rankings: The rankings; several of them may have one prompt.
+        notes: Takes the counts of rankings and pairs that are left out.
+        per_prompt: Largest number of pairs of one prompt, those with the largest difference of scores; None for all.
+
+    Returns:
+        Rows of `prompt`, `chosen` and `rejected`, prompt by prompt if `per_prompt` is set.
+    """
+    pairs = (pair for ranking in rankings for pair in _pairs(ranking, notes))
+    if per_prompt is None:
+        yield from (row for _, row in pairs)
+        return
+    groups: dict[str, list[tuple[float, Row]]] = {}
+    for margin, row in pairs:
+        groups.setdefault(json.dumps(row.data["prompt"]), []).append((margin, row))
+    for group in groups.values():
+        group.sort(key=lambda pair: -pair[0])  # stable: of equal margins the first in the file
+        yield from (row for _, row in group[:per_prompt])
+        notes[f"pairs beyond pairs_per_prompt={per_prompt}"] += max(0, len(group) - per_prompt)
+
+
+def instruction_rows(rankings: Iterable[Ranking], notes: Notes) -> Iterator[Row]:
+    """Rows of each prompt with its best response, where it stands first.
+
+    The best response wins most comparisons, less those it loses, over all rankings of its prompt; of equals it is
+    the first.
+
+    Returns:
+        Rows of `prompt` and `response`.
+    """
+    first: dict[str, Ranking] = {}
+    wins: dict[str, Counter[str]] = {}
+    for ranking in rankings:
+        if not ranking.responses:
+            notes["prompts without a response"] += 1
+            continue
+        key = json.dumps(ranking.prompt)
+        notes["repetitions of a prompt, after choosing its best response"] += key in first
+        first.setdefault(key, ranking)
+        table = wins.setdefault(key, Counter())
+        for text, score in zip(ranking.responses, ranking.scores, strict=True):
+            table[text] += sum(_sign(score, other) for other in ranking.scores)
+    for key, ranking in first.items():
+        best = max(wins[key], key=wins[key].__getitem__)
+        yield Row({"prompt": ranking.prompt, "response": best}, ranking.where)
+
+
+def prompt_rows(rankings: Iterable[Ranking], notes: Notes) -> Iterator[Row]:
+    """Rows of each prompt once, where it stands first, responses or not.
+
+    Returns:
+        Rows of `prompt` and the ranking's columns.
+    """
+    seen: set[str] = set()
+    for ranking in rankings:
+        key = json.dumps(ranking.prompt)
+        if key in seen:
+            notes["repetitions of a prompt"] += 1
+            continue
+        seen.add(key)
+        yield Row({**ranking.columns, "prompt": ranking.prompt}, ranking.where)
 
 
 def _two(
@@ -156,3 +227,30 @@ def _scored(row: Row, prompt: str, items: str, text: str, score: str, columns: d
 
 def _some(row: Row, *names: str) -> dict[str, Any]:
     return {name: row.data[name] for name in names if name in row.data}
+
+
+def _pairs(ranking: Ranking, notes: Notes) -> Iterator[tuple[float, Row]]:
+    """The pairs of a ranking, the best responses first, each with its difference of scores."""
+    scored = zip(ranking.scores, ranking.responses, strict=True)
+    ranked = sorted(((score, text) for score, text in scored if score is not None), key=lambda item: -item[0])
+    if len(ranking.responses) < 2:
+        notes["prompts with fewer than two responses"] += 1
+        return
+    notes["responses without a rank"] += len(ranking.responses) - len(ranked)
+    if len(ranked) < 2:
+        notes["prompts with fewer than two ranked responses"] += 1
+        return
+    if ranked[0][0] == ranked[-1][0]:
+        notes["prompts whose responses all tie"] += 1
+        return
+    for (high, chosen), (low, rejected) in combinations(ranked, 2):
+        if high == low:
+            continue
+        if chosen == rejected:
+            notes["pairs of the same response twice"] += 1
+            continue
+        yield high - low, Row({"prompt": ranking.prompt, "chosen": chosen, "rejected": rejected}, ranking.where)
+
+
+def _sign(score: float | None, other: float | None) -> int:
+    return 0 if score is None or other is None else (score > other) - (score < other)

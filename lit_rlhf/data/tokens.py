@@ -1,16 +1,17 @@
-"""Records to token ids: chat templates, EOS, and the length limits."""
+"""Stage 4, tokens: records of any kind to token ids, by chat templates, EOS and the length limits."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lit_rlhf.data.errors import BadRowHandler, DataError, raise_error
-from lit_rlhf.data.schemas import Instruction, Messages, Pair, Prompt, Text
+from lit_rlhf.data.errors import RAISE, BadRowHandler, DataError
+from lit_rlhf.data.records import Ids, Messages, Record, Text, TokensT
 from lit_rlhf.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,45 +19,6 @@ if TYPE_CHECKING:
 
 TruncatedResponse = Literal["keep_eos", "no_eos", "drop"]
 CHUNK = 2000  # texts per tokenizer call: enough to use its threads, few enough to bound memory
-Ids = Sequence[int]  # in practice array("i"): 4 bytes a token, where a list takes 36
-
-
-@dataclass(frozen=True)
-class PairTokens:
-    """Token ids of a preference pair."""
-
-    prompt: Ids
-    chosen: Ids
-    rejected: Ids
-
-    def __len__(self) -> int:
-        """Length of the longer of the two sequences."""
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
-
-
-@dataclass(frozen=True)
-class InstructionTokens:
-    """Token ids of a prompt and its response."""
-
-    prompt: Ids
-    response: Ids
-
-    def __len__(self) -> int:
-        """Length of the sequence."""
-        return len(self.prompt) + len(self.response)
-
-
-@dataclass(frozen=True)
-class PromptTokens:
-    """Token ids of a prompt, the text they decode to without special tokens, and the row's other fields."""
-
-    prompt: Ids
-    text: str
-    columns: Mapping[str, Any]
-
-    def __len__(self) -> int:
-        """Length of the prompt."""
-        return len(self.prompt)
 
 
 @dataclass(frozen=True)
@@ -72,7 +34,7 @@ class TokenizeOptions:
         append_eos: End each response with the tokenizer's EOS.
 
     Raises:
-        ValueError: A length is below 1.
+        ConfigError: A length is below 1.
     """
 
     max_prompt_length: int = 512
@@ -82,9 +44,10 @@ class TokenizeOptions:
     append_eos: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_prompt_length", "max_response_length"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        lengths = {"max_prompt_length": self.max_prompt_length, "max_response_length": self.max_response_length}
+        wrong = [f"{name} must be at least 1, not {length}" for name, length in lengths.items() if length < 1]
+        if wrong:
+            raise ConfigError("; ".join(wrong))
 
 
 DEFAULT_OPTIONS = TokenizeOptions()
@@ -120,79 +83,43 @@ class _Counts:
             rank_zero_warn(f"Length limits, {self.total} rows: {'; '.join(told)}.")
 
 
-def tokenize_pairs(
-    pairs: Sequence[Pair],
+def tokenize(
+    records: Sequence[Record[TokensT]],
     tokenizer: PreTrainedTokenizerBase,
     options: TokenizeOptions = DEFAULT_OPTIONS,
-    on_bad: BadRowHandler = raise_error,
-) -> list[PairTokens]:
-    """Tokenise preference pairs, in order; pairs the options leave out are missing and reported in a warning.
+    on_bad: BadRowHandler = RAISE,
+) -> list[TokensT]:
+    """Tokenize records of one kind, in order; those the options leave out are missing and reported in a warning.
+
+    Every example gets the same columns: one that only some records have is None in the others.
+
+    Args:
+        records: The records, each with as many responses.
+        tokenizer: Their tokenizer; it renders chat messages by its chat template.
+        options: Length limits and EOS policy.
+        on_bad: Called with the error of each bad record; when it returns, the record is left out.
 
     Raises:
         DataError: A prompt cannot be rendered or gives no tokens, or the tokenizer lacks what is needed.
     """
-    counts = _Counts(options, len(pairs))
-    prompts = _encode_prompts(pairs, tokenizer, on_bad)
-    chosen = _encode_responses([pair.chosen for pair in pairs], tokenizer, options)
-    rejected = _encode_responses([pair.rejected for pair in pairs], tokenizer, options)
+
+    def decode(ids: Ids) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    counts = _Counts(options, len(records))
+    names = dict.fromkeys(name for record in records for name in record.columns)  # a set that keeps the order
+    prompts = _encode_prompts(records, tokenizer, on_bad)
+    columns_of_responses = zip(*(record.responses for record in records), strict=True)
+    responses = [_encode_responses(texts, tokenizer, options) for texts in columns_of_responses]
     examples = []
-    for prompt, *responses in zip(prompts, chosen, rejected, strict=True):
-        kept = _fit(prompt, responses, tokenizer, counts)
-        if kept is None:
+    for index, (record, prompt) in enumerate(zip(records, prompts, strict=True)):
+        if prompt is None:
             continue
-        if kept[1] == kept[2]:  # differing only past the limit, or in what the tokenizer does not see
-            counts.pairs_made_equal += 1
-            continue
-        examples.append(PairTokens(*kept))
+        ids = _fit(prompt, [of_all[index] for of_all in responses], tokenizer, counts)
+        if ids is not None:
+            examples.append(record.with_ids(ids, {name: record.columns.get(name) for name in names}, decode))
     counts.warn()
     return examples
-
-
-def tokenize_instructions(
-    instructions: Sequence[Instruction],
-    tokenizer: PreTrainedTokenizerBase,
-    options: TokenizeOptions = DEFAULT_OPTIONS,
-    on_bad: BadRowHandler = raise_error,
-) -> list[InstructionTokens]:
-    """Tokenise instructions, in order; rows the options leave out are missing and reported in a warning.
-
-    Raises:
-        DataError: A prompt cannot be rendered or gives no tokens, or the tokenizer lacks what is needed.
-    """
-    counts = _Counts(options, len(instructions))
-    prompts = _encode_prompts(instructions, tokenizer, on_bad)
-    responses = _encode_responses([row.response for row in instructions], tokenizer, options)
-    kept = [_fit(prompt, [ids], tokenizer, counts) for prompt, ids in zip(prompts, responses, strict=True)]
-    counts.warn()
-    return [InstructionTokens(*parts) for parts in kept if parts is not None]
-
-
-def tokenize_prompts(
-    prompts: Sequence[Prompt],
-    tokenizer: PreTrainedTokenizerBase,
-    options: TokenizeOptions = DEFAULT_OPTIONS,
-    on_bad: BadRowHandler = raise_error,
-) -> list[PromptTokens]:
-    """Tokenise prompts, in order; prompts the options leave out are missing and reported in a warning.
-
-    Every example gets the same columns: a field that only some rows have is None in the others.
-
-    Raises:
-        DataError: A prompt cannot be rendered or gives no tokens, or the tokenizer lacks what is needed.
-    """
-    counts = _Counts(options, len(prompts))
-    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)  # a set that keeps the order
-    encoded = _encode_prompts(prompts, tokenizer, on_bad)
-    kept = [(row, _fit(ids, [], tokenizer, counts)) for row, ids in zip(prompts, encoded, strict=True)]
-    examples = [(row, parts[0]) for row, parts in kept if parts is not None]
-    counts.warn()
-    if not examples:  # of no sequences, transformers decodes one empty text
-        return []
-    texts = tokenizer.batch_decode([list(ids) for _, ids in examples], skip_special_tokens=True)
-    return [
-        PromptTokens(ids, text, {name: row.columns.get(name) for name in names})
-        for (row, ids), text in zip(examples, texts, strict=True)
-    ]
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -205,9 +132,7 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if isinstance(token_id, int):
             return token_id
     raise DataError(
-        "has neither a pad nor an EOS token",
-        where=_name(tokenizer),
-        fix="Set tokenizer.pad_token and eos_token.",
+        "has neither a pad nor an EOS token", where=_name(tokenizer), fix="Set tokenizer.pad_token and eos_token."
     )
 
 
@@ -226,14 +151,9 @@ def _name(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _fit(
-    prompt: array[int] | None,
-    responses: Sequence[array[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    counts: _Counts,
+    prompt: array[int], responses: Sequence[array[int]], tokenizer: PreTrainedTokenizerBase, counts: _Counts
 ) -> list[Ids] | None:
     """Apply the length limits to [prompt, *responses]; None if the row is left out."""
-    if prompt is None:
-        return None
     options = counts.options
     limit = options.max_response_length
     counts.responses += len(responses)
@@ -253,22 +173,25 @@ def _fit(
         if len(response) > limit and ends_in_eos:
             response = response[: limit - 1] + array("i", [_eos_id(tokenizer)])
         kept.append(response[:limit])
+    if any(one == other for one, other in combinations(kept[1:], 2)):
+        counts.pairs_made_equal += 1  # differing only past the limit, or in what the tokenizer does not see
+        return None
     return kept
 
 
 def _encode_prompts(
-    rows: Sequence[Pair | Instruction | Prompt],
-    tokenizer: PreTrainedTokenizerBase,
-    on_bad: BadRowHandler,
+    records: Sequence[Record[Any]], tokenizer: PreTrainedTokenizerBase, on_bad: BadRowHandler
 ) -> list[array[int] | None]:
-    """Token ids of each prompt; None where the row is bad."""
-    ids: list[array[int] | None] = [None] * len(rows)
-    plain = {i: row.prompt for i, row in enumerate(rows) if isinstance(row.prompt, str)}
-    chats = {i: row.prompt for i, row in enumerate(rows) if not isinstance(row.prompt, str)}
+    """Token ids of each prompt; None where the record is bad."""
+    ids: list[array[int] | None] = [None] * len(records)
+    plain: dict[int, str] = {}
     rendered: dict[int, str] = {}
-    for index, messages in chats.items():
+    for index, record in enumerate(records):
         try:
-            rendered[index] = _render(messages, tokenizer, rows[index].where)
+            if isinstance(record.prompt, str):
+                plain[index] = record.prompt
+            else:
+                rendered[index] = _render(record.prompt, tokenizer, record.where)
         except DataError as error:
             on_bad(error)
     for texts, special in ((plain, True), (rendered, False)):  # a template writes its own special tokens
@@ -279,7 +202,7 @@ def _encode_prompts(
             on_bad(
                 DataError(
                     "gives no tokens",
-                    where=rows[index].where,
+                    where=records[index].where,
                     field="prompt",
                     fix="Remove the row, or use a tokenizer that knows its characters.",
                     reason="prompt without tokens",

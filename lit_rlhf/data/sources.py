@@ -1,4 +1,4 @@
-"""Rows from files, saved `datasets` folders and the hub, each with the place it came from."""
+"""Stage 1, sources: rows from files, saved `datasets` folders and the hub, each with the place it came from."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lit_rlhf.data.errors import BadRowHandler, DataError, raise_error
+from lit_rlhf.data.errors import RAISE, BadRowHandler, DataError
 
 HUB_PREFIX = "hub:"
+EACH_LINE = "Put one JSON object on each line"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which some editors write
 SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves in a folder
 ACCEPTED = (
@@ -30,7 +31,7 @@ class Row:
     where: str
 
 
-def read_rows(source: str, on_bad: BadRowHandler = raise_error) -> Iterator[Row]:
+def read_rows(source: str, on_bad: BadRowHandler = RAISE) -> Iterator[Row]:
     """Read a source row by row. Lines, items and rows are counted from 1.
 
     Args:
@@ -50,21 +51,13 @@ def read_rows(source: str, on_bad: BadRowHandler = raise_error) -> Iterator[Row]
     path = Path(source).expanduser()
     if not path.exists():
         raise DataError(
-            f"no such file or folder (looked for {path.absolute()})",
-            where=source,
-            fix=f"A data source is {ACCEPTED}.",
+            f"no such file or folder (looked for {path.absolute()})", where=source, fix=f"A data source is {ACCEPTED}."
         )
     if path.is_dir():
         return _read_saved_dataset(path)
-    name = path.name.lower()
-    if name.endswith((".jsonl", ".jsonl.gz")):
-        return _read_jsonl(path, on_bad)
-    if name.endswith((".json", ".json.gz")):
-        return _read_json(path, on_bad)
-    if name.endswith(".csv"):
-        return _read_csv(path, on_bad)
-    if name.endswith(".parquet"):
-        return _read_parquet(path)
+    for ending, read in READERS.items():
+        if path.name.lower().endswith(ending):
+            return read(path, on_bad)
     raise DataError(f"unknown kind of file {path.suffix!r}", where=source, fix=f"A data source is {ACCEPTED}.")
 
 
@@ -77,11 +70,12 @@ def _read_jsonl(path: Path, on_bad: BadRowHandler) -> Iterator[Row]:
                 continue
             where = f"{path.name}:{number}"
             try:
-                data = _parse_object(line, where)
+                data = _parse_json(line, where, f"{EACH_LINE}.")
+                row = _as_row(data, where, f'{EACH_LINE}, such as {{"prompt": "..."}}.')
             except DataError as error:
                 on_bad(error)
             else:
-                yield Row(data, where)
+                yield row
 
 
 def _read_json(path: Path, on_bad: BadRowHandler) -> Iterator[Row]:
@@ -98,10 +92,12 @@ def _read_json_array(path: Path, on_bad: BadRowHandler) -> Iterator[Row]:
     del content  # these files are large
     for number, item in enumerate(items, start=1):
         where = f"{path.name} item {number}"
-        if isinstance(item, dict):
-            yield Row(item, where)
+        try:
+            row = _as_row(item, where, "Make every item of the array an object.")
+        except DataError as error:
+            on_bad(error)
         else:
-            on_bad(_not_an_object(item, where, "Make every item of the array an object."))
+            yield row
 
 
 def _open_binary(path: Path) -> BinaryIO:
@@ -127,13 +123,6 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
         ) from error
 
 
-def _parse_object(line: bytes, where: str) -> dict[str, Any]:
-    data = _parse_json(line, where, "Put one JSON object on each line.")
-    if not isinstance(data, dict):
-        raise _not_an_object(data, where, 'Put one JSON object on each line, such as {"prompt": "..."}.')
-    return data
-
-
 def _parse_json(content: bytes, where: str, fix: str) -> Any:
     try:
         return json.loads(content.decode("utf-8"))
@@ -145,9 +134,11 @@ def _parse_json(content: bytes, where: str, fix: str) -> Any:
         raise DataError(f"broken JSON ({error})", where=where, fix=fix, reason="broken JSON") from error
 
 
-def _not_an_object(data: Any, where: str, fix: str) -> DataError:
+def _as_row(data: Any, where: str, fix: str) -> Row:
+    if isinstance(data, dict):
+        return Row(data, where)
     problem = f"expected a JSON object, found {type(data).__name__}"
-    return DataError(problem, where=where, fix=fix, reason="not a JSON object")
+    raise DataError(problem, where=where, fix=fix, reason="not a JSON object")
 
 
 def _read_csv(path: Path, on_bad: BadRowHandler) -> Iterator[Row]:
@@ -184,9 +175,7 @@ def _broken_csv(error: csv.Error, where: str) -> DataError:
 def _check_header(header: list[str], where: str) -> list[str]:
     if len(set(header)) < len(header) or not all(_is_utf8(name) and name.strip() for name in header):
         raise DataError(
-            f"the header {header} must name each column once, in UTF-8",
-            where=where,
-            fix="Correct the first line.",
+            f"the header {header} must name each column once, in UTF-8", where=where, fix="Correct the first line."
         )
     return header
 
@@ -215,7 +204,7 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(path: Path, on_bad: BadRowHandler) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -234,12 +223,20 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         ) from error
 
 
+READERS: dict[str, Callable[[Path, BadRowHandler], Iterator[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".json": _read_json,
+    ".json.gz": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
 def _read_saved_dataset(path: Path) -> Iterator[Row]:
     if not any((path / name).exists() for name in SAVED_DATASET_FILES):
         raise DataError(
-            "the folder was not written by datasets' save_to_disk",
-            where=str(path),
-            fix=f"A data source is {ACCEPTED}.",
+            "the folder was not written by datasets' save_to_disk", where=str(path), fix=f"A data source is {ACCEPTED}."
         )
     import datasets
 

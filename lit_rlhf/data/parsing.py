@@ -1,4 +1,4 @@
-"""Rows to typed records: preference pairs, prompts and instructions, from columns or HH-RLHF transcripts."""
+"""Stage 3, records: a row becomes a preference pair, an instruction or a prompt, from columns or HH-RLHF transcripts."""
 
 from __future__ import annotations
 
@@ -6,43 +6,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from lit_rlhf.data.errors import BadRowHandler, DataError, raise_error
-from lit_rlhf.data.readers import Row, read_rows
+from lit_rlhf.data.errors import RAISE, BadRowHandler, DataError
+from lit_rlhf.data.fields import bad_field, check_unicode
+from lit_rlhf.data.records import Instruction, Messages, Pair, Prompt, Text
+from lit_rlhf.data.sources import Row, read_rows
 
 Format = Literal["auto", "columns", "hh"]
-Messages = list[dict[str, Any]]  # chat messages, each with "role" and "content"
-Text = str | Messages
 HH_HUMAN = "\n\nHuman:"
 HH_ASSISTANT = "\n\nAssistant:"
 RecordT = TypeVar("RecordT")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A preference: two responses to one prompt. The three are all strings or all chat messages."""
-
-    prompt: Text
-    chosen: Text
-    rejected: Text
-    where: str
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt to respond to, with the row's other fields as `columns` for reward functions."""
-
-    prompt: Text
-    columns: dict[str, Any]
-    where: str
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """A prompt with its response. Both are strings or both are chat messages."""
-
-    prompt: Text
-    response: Text
-    where: str
 
 
 @dataclass(frozen=True)
@@ -62,7 +34,7 @@ DEFAULT_FIELDS = Fields()
 def load_records(
     sources: Sequence[str],
     parse: Callable[[Row], RecordT],
-    on_bad: BadRowHandler = raise_error,
+    on_bad: BadRowHandler = RAISE,
     convert: Callable[[Iterator[Row]], Iterable[Row]] = iter,
 ) -> list[RecordT]:
     """Read all rows of the sources and parse each.
@@ -97,19 +69,7 @@ def parse_pair(row: Row, fields: Fields = DEFAULT_FIELDS) -> Pair:
         prompt, chosen, rejected = _split_transcripts(row, fields, _text(row, fields.rejected))
         pair = Pair(prompt, chosen, rejected, row.where)
     else:
-        prompt_text, chosen_text = _prompt_and_response(row, fields, fields.chosen)
-        rejected_prompt, rejected_text = _prompt_and_response(row, fields, fields.rejected)
-        if isinstance(chosen_text, str) != isinstance(rejected_text, str):
-            raise _wrong_type(row, fields.rejected, "must be of the same kind as chosen, text or messages")
-        if prompt_text != rejected_prompt:
-            raise DataError(
-                f"does not follow the same conversation as {fields.chosen!r} up to its last turn",
-                where=row.where,
-                field=fields.rejected,
-                fix="Both must answer the same prompt with one assistant turn.",
-                reason="prompts of a pair differ",
-            )
-        pair = Pair(prompt_text, chosen_text, rejected_text, row.where)
+        pair = _pair_of_columns(row, fields)
     _check_not_empty(row, fields.chosen, pair.chosen)
     _check_not_empty(row, fields.rejected, pair.rejected)
     if _last_text(pair.chosen) == _last_text(pair.rejected):
@@ -170,12 +130,12 @@ def _format_of(row: Row, fields: Fields) -> Literal["columns", "hh"]:
         return "columns"  # chat messages can hold the prompt themselves
     if isinstance(chosen, str) and chosen.startswith(HH_HUMAN):
         return "hh"
-    raise DataError(
+    raise bad_field(
+        row,
+        (fields.prompt,),
         f"is missing, and {fields.chosen!r} is no HH-RLHF transcript (found fields: {sorted(row.data)})",
-        where=row.where,
-        field=fields.prompt,
-        fix="Name the columns with prompt_column and the like, or choose a format.",
-        reason=f"missing field {fields.prompt!r}",
+        "missing field",
+        "Name the columns with prompt_column and the like, or choose a format.",
     )
 
 
@@ -209,10 +169,25 @@ def _shared_beginning(first: str, second: str) -> str:
     return min(first, second, key=len)
 
 
+def _pair_of_columns(row: Row, fields: Fields) -> Pair:
+    prompt, chosen = _prompt_and_response(row, fields, fields.chosen)
+    other_prompt, rejected = _prompt_and_response(row, fields, fields.rejected)
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise _wrong_type(row, fields.rejected, "must be of the same kind as chosen, text or messages")
+    if prompt != other_prompt:
+        raise DataError(
+            f"does not follow the same conversation as {fields.chosen!r} up to its last turn",
+            where=row.where,
+            field=fields.rejected,
+            fix="Both must answer the same prompt with one assistant turn.",
+            reason="prompts of a pair differ",
+        )
+    return Pair(prompt, chosen, rejected, row.where)
+
+
 def _prompt_and_response(row: Row, fields: Fields, field: str) -> tuple[Text, Text]:
     """Prompt and response of a row in column format, both as strings or both as chat messages."""
-    value = _value(row, field)
-    if isinstance(value, str):
+    if isinstance(_value(row, field), str):
         response = _text(row, field)
         prompt = _prompt_field(row, fields)
         return (prompt, response) if isinstance(prompt, str) else (prompt, [_message("assistant", response)])
@@ -250,8 +225,7 @@ def _check_same_prompt(row: Row, fields: Fields, conversation: Messages) -> None
 
 
 def _prompt_field(row: Row, fields: Fields) -> Text:
-    value = _value(row, fields.prompt)
-    if isinstance(value, list):
+    if isinstance(_value(row, fields.prompt), list):
         return _check_prompt(row, fields.prompt, _messages(row, fields.prompt))
     text = _text(row, fields.prompt)
     _check_not_empty(row, fields.prompt, text)
@@ -272,13 +246,8 @@ def _message(role: str, content: str) -> dict[str, Any]:
 def _value(row: Row, field: str) -> Any:
     value = row.data.get(field)
     if value is None:  # tables store an absent field as null
-        raise DataError(
-            f"is missing (found: {sorted(row.data)})",
-            where=row.where,
-            field=field,
-            fix="Add it, or name another field with the *_column options.",
-            reason=f"missing field {field!r}",
-        )
+        fix = "Add it, or name another field with the *_column options."
+        raise bad_field(row, (field,), f"is missing (found: {sorted(row.data)})", "missing field", fix)
     return value
 
 
@@ -286,7 +255,8 @@ def _text(row: Row, field: str) -> str:
     value = _value(row, field)
     if not isinstance(value, str):
         raise _wrong_type(row, field, f"must be text or chat messages, not {type(value).__name__}")
-    return check_unicode(row, field, value)
+    check_unicode(row, value, field)
+    return value
 
 
 def _optional_text(row: Row, field: str) -> str | None:
@@ -302,27 +272,8 @@ def _messages(row: Row, field: str) -> Messages:
     for number, message in enumerate(value, start=1):
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise _wrong_type(row, field, f"must hold messages with text 'role' and 'content'; number {number} is not")
-        check_unicode(row, field, message["content"])
+        check_unicode(row, message["content"], field)
     return value
-
-
-def check_unicode(row: Row, field: str, text: str) -> str:
-    """Return the text of a field.
-
-    Raises:
-        DataError: It holds half of a surrogate pair.
-    """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which tokenizers refuse
-        raise DataError(
-            f"holds a lone surrogate at character {error.start + 1}",
-            where=row.where,
-            field=field,
-            fix="Write the text again from properly decoded strings.",
-            reason="not Unicode text",
-        ) from error
-    return text
 
 
 def _check_not_empty(row: Row, field: str, text: Text, part: str = "text") -> None:
@@ -335,14 +286,9 @@ def _last_text(text: Text) -> str:
 
 
 def _empty(row: Row, field: str, problem: str) -> DataError:
-    return DataError(problem, where=row.where, field=field, fix="Fill or remove it.", reason=f"empty field {field!r}")
+    return bad_field(row, (field,), problem, "empty field", "Fill or remove it.")
 
 
 def _wrong_type(row: Row, field: str, problem: str) -> DataError:
-    return DataError(
-        problem,
-        where=row.where,
-        field=field,
-        fix="Give a string, or a list of {'role': ..., 'content': ...}.",
-        reason=f"wrong type of field {field!r}",
-    )
+    fix = "Give a string, or a list of {'role': ..., 'content': ...}."
+    return bad_field(row, (field,), problem, "wrong type of field", fix)

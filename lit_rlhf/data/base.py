@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Generic, cast, get_args
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from lit_rlhf.data.batches import collate
+from lit_rlhf.data.batches import ExampleDataset, collate
 from lit_rlhf.data.errors import BadRows, DataError, Notes, OnBadRow
 from lit_rlhf.data.formats import PublicFormat, RowConverter, converted_rows, find_converter
 from lit_rlhf.data.order import LengthGroupedSampler, ResumableLoader
@@ -26,43 +26,6 @@ from lit_rlhf.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-class ExampleDataset(Dataset[TokensT]):
-    """Tokenized examples as a map-style dataset.
-
-    Args:
-        examples: The examples.
-    """
-
-    def __init__(self, examples: Sequence[TokensT]) -> None:
-        super().__init__()
-        self.examples: Sequence[TokensT] = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> TokensT:
-        return self.examples[index]
-
-    def longest(self) -> int:
-        """Tokens of the longest example, 0 of none."""
-        return max(map(len, self.examples), default=0)
-
-    def largest_id(self) -> int:
-        """The largest token id, 0 of none."""
-        return max((max(ids, default=0) for e in self.examples for ids in (e.prompt, *e.responses)), default=0)
-
-
-def unmet(*conditions: tuple[bool, str]) -> list[str]:
-    """The messages of the conditions, given as (condition, message), that do not hold."""
-    return [message for holds, message in conditions if not holds]
-
-
-def at_least_1(name: str, value: int | None, or_none: bool = False) -> tuple[bool, str]:
-    """The condition that a setting is 1 or more, or None where that is allowed, with its message."""
-    holds = or_none if value is None else value >= 1
-    return holds, f"{name} must be at least 1{' or None' if or_none else ''}, not {value}"
 
 
 class TextData(LightningDataModule, ABC, Generic[TokensT]):
@@ -121,7 +84,8 @@ class TextData(LightningDataModule, ABC, Generic[TokensT]):
         self.split_seed = split_seed
         self.limit = limit
         self.format = format
-        layout = "columns" if self.is_published else cast(Format, format)
+        self.becomes_rankings = callable(format) or format not in get_args(Format)
+        layout = "columns" if self.becomes_rankings else cast(Format, format)
         self.fields = Fields(layout, prompt_column, chosen_column, rejected_column)
         self.on_bad_row: OnBadRow = on_bad_row
         self.max_prompt_length = max_prompt_length
@@ -143,11 +107,6 @@ class TextData(LightningDataModule, ABC, Generic[TokensT]):
         """Turn the rankings of a published format into the rows this module parses."""
 
     @property
-    def is_published(self) -> bool:
-        """Whether rows are in a published format or the user's own, which become rankings first."""
-        return callable(self.format) or self.format not in get_args(Format)
-
-    @property
     def options(self) -> TokenizeOptions:
         """Length limits and EOS policy."""
         return TokenizeOptions(self.max_prompt_length, drop_overlong_prompts=self.drop_overlong_prompts)
@@ -165,7 +124,7 @@ class TextData(LightningDataModule, ABC, Generic[TokensT]):
             at_least_1("batch_size", self.batch_size),
             (self.num_workers >= 0, f"num_workers must not be negative, not {self.num_workers}"),
             (
-                not self.is_published or columns == ("prompt", "chosen", "rejected"),
+                not self.becomes_rankings or columns == ("prompt", "chosen", "rejected"),
                 f"the *_column options act on formats {', '.join(get_args(Format))} only, not on {self.format!r}",
             ),
         )
@@ -176,11 +135,7 @@ class TextData(LightningDataModule, ABC, Generic[TokensT]):
         return problems
 
     def _check_settings(self) -> None:
-        """Check all settings; called by the last line of each module's constructor, and by `setup`.
-
-        Raises:
-            ConfigError: With everything that is wrong.
-        """
+        """Raise one ConfigError with everything that is wrong; each module's constructor ends with this."""
         if problems := self._problems():
             raise ConfigError("; ".join(problems))
 
@@ -205,56 +160,24 @@ class TextData(LightningDataModule, ABC, Generic[TokensT]):
             return
         self._check_settings()
         tokenizer = self._find_tokenizer()
-        pad_id = pad_token_id(tokenizer)
+        self.pad_id = pad_token_id(tokenizer)
         bad = BadRows(self.on_bad_row)
-        records = self._load(self.sources, bad)
+        convert = partial(converted_rows, format=self.format, expand=self.expand, on_bad=bad)
+        records = load_records(self.sources, self.parse, bad, convert)
         order = torch.randperm(len(records), generator=torch.Generator().manual_seed(self.split_seed))
         records = [records[index] for index in order[: self.limit].tolist()]
         if self.validation is not None:
-            held_out = self._load([self.validation], bad)
+            held_out = load_records([self.validation], self.parse, bad, convert)
         else:
-            held_out, records = self._split(records)
+            held_out, records = split(records, self.validation_size, ", ".join(self.sources))
         train, val = (tokenize(part, tokenizer, self.options, bad) for part in (records, held_out))
         bad.warn()
         for name, part, before in (("training", train, records), ("validation", val, held_out)):
             if before and not part:
                 fix = "Raise max_prompt_length or max_response_length, or change what they drop."
                 raise DataError(f"none of the {len(before)} {name} rows is left", where=str(self.sources), fix=fix)
-        self.pad_id = pad_id
         self.val_dataset = ExampleDataset(val)
         self.train_dataset = ExampleDataset(train)
-
-    def _load(self, sources: list[str], bad: BadRows) -> list[Record[TokensT]]:
-        """Stages 1 to 3: rows of the sources, in column format, as records."""
-        convert = partial(converted_rows, format=self.format, expand=self.expand, on_bad=bad)
-        return load_records(sources, self.parse, bad, convert)
-
-    def _split(self, records: list[Record[TokensT]]) -> tuple[list[Record[TokensT]], list[Record[TokensT]]]:
-        """Hold out the first rows of the shuffle, and every other row with one of their prompts."""
-        size = self._held_out_size(len(records))
-        keys = [json.dumps(record.prompt) for record in records]
-        prompts = set(keys[:size])
-        held_out = [record for record, key in zip(records, keys, strict=True) if key in prompts]
-        rest = [record for record, key in zip(records, keys, strict=True) if key not in prompts]
-        if not rest:
-            raise DataError(
-                "all rows share the prompts of the validation rows, which leaves none to train on",
-                where=", ".join(self.sources),
-                fix="Name a validation source, or set validation_size to 0.",
-            )
-        return held_out, rest
-
-    def _held_out_size(self, rows: int) -> int:
-        size = self.validation_size
-        if isinstance(size, float):
-            size = max(1, round(size * rows)) if size > 0 else 0
-        if size >= rows:
-            raise DataError(
-                f"splitting {size} validation rows off {rows} leaves none to train on",
-                where=", ".join(self.sources),
-                fix="Lower validation_size (0 for no validation), or name a validation source.",
-            )
-        return size
 
     def _find_tokenizer(self) -> PreTrainedTokenizerBase:
         module = self.trainer.lightning_module if self.trainer is not None else None
@@ -289,7 +212,7 @@ class TextData(LightningDataModule, ABC, Generic[TokensT]):
             collate_fn=self.collate_fn(),
         )
 
-    def val_dataloader(self) -> DataLoader[TokensT] | list[DataLoader[TokensT]]:
+    def val_dataloader(self) -> DataLoader[TokensT] | list[Any]:
         """Validation batches in a fixed order, or an empty list if there is no validation.
 
         Raises:
@@ -298,11 +221,11 @@ class TextData(LightningDataModule, ABC, Generic[TokensT]):
         dataset = self._ready(self.val_dataset)
         return self._loader(dataset, self.eval_batch_size or self.batch_size) if len(dataset) else []
 
-    def test_dataloader(self) -> DataLoader[TokensT] | list[DataLoader[TokensT]]:
+    def test_dataloader(self) -> DataLoader[TokensT] | list[Any]:
         """The validation batches; to test on other rows, name them in `validation`."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> DataLoader[TokensT] | list[DataLoader[TokensT]]:
+    def predict_dataloader(self) -> DataLoader[TokensT] | list[Any]:
         """The validation batches."""
         return self.val_dataloader()
 
@@ -310,3 +233,47 @@ class TextData(LightningDataModule, ABC, Generic[TokensT]):
 def _ignore_sigterm(worker: int) -> None:
     """Schedulers signal every process; a worker that ended would end the run with it, before it has saved."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def split(
+    records: list[Record[TokensT]], size: int | float, where: str
+) -> tuple[list[Record[TokensT]], list[Record[TokensT]]]:
+    """Hold out the first `size` records (a count, or a fraction), and every other record with one of their prompts.
+
+    Returns:
+        The records held out, and the rest.
+
+    Raises:
+        DataError: None would be left.
+    """
+    if isinstance(size, float):
+        size = max(1, round(size * len(records))) if size > 0 else 0
+    if size >= len(records):
+        raise DataError(
+            f"splitting {size} validation rows off {len(records)} leaves none to train on",
+            where=where,
+            fix="Lower validation_size (0 for no validation), or name a validation source.",
+        )
+    keys = [json.dumps(record.prompt) for record in records]
+    prompts = set(keys[:size])
+    held_out, rest = (
+        [r for r, key in zip(records, keys, strict=True) if (key in prompts) is out] for out in (True, False)
+    )
+    if not rest:
+        raise DataError(
+            "all rows share the prompts of the validation rows, which leaves none to train on",
+            where=where,
+            fix="Name a validation source, or set validation_size to 0.",
+        )
+    return held_out, rest
+
+
+def unmet(*conditions: tuple[bool, str]) -> list[str]:
+    """The messages of the conditions, given as (condition, message), that do not hold."""
+    return [message for holds, message in conditions if not holds]
+
+
+def at_least_1(name: str, value: int | None, or_none: bool = False) -> tuple[bool, str]:
+    """The condition that a setting is 1 or more, or None where that is allowed, with its message."""
+    holds = or_none if value is None else value >= 1
+    return holds, f"{name} must be at least 1{' or None' if or_none else ''}, not {value}"

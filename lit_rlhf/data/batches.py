@@ -1,4 +1,4 @@
-"""Stage 5, batches: padded tensors of tokenized records of one kind.
+"""Stage 5, batches: tokenized records of one kind, and padded tensors of them.
 
 Every batch has the prompts padded on the left to width P and the responses padded on the right to width T,
 so that response column t is sequence column P + t in every row. Masks are made from lengths, never by
@@ -12,8 +12,35 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from lit_rlhf.data.records import Ids, PromptTokens, Tokens
+from lit_rlhf.data.records import Ids, PromptTokens, Tokens, TokensT
+
+
+class ExampleDataset(Dataset[TokensT]):
+    """Tokenized examples as a map-style dataset.
+
+    Args:
+        examples: The examples.
+    """
+
+    def __init__(self, examples: Sequence[TokensT]) -> None:
+        super().__init__()
+        self.examples: Sequence[TokensT] = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> TokensT:
+        return self.examples[index]
+
+    def longest(self) -> int:
+        """Tokens of the longest example, 0 of none."""
+        return max(map(len, self.examples), default=0)
+
+    def largest_id(self) -> int:
+        """The largest token id, 0 of none."""
+        return max((max(ids, default=0) for e in self.examples for ids in (e.prompt, *e.responses)), default=0)
 
 
 def collate(examples: Sequence[Tokens], pad_id: int) -> dict[str, Any]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, TypeVar
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_rlhf.errors import LitRLHFError
 
 OnBadRow = Literal["error", "skip"]
+InT = TypeVar("InT")
+OutT = TypeVar("OutT")
 
 
 class DataError(LitRLHFError, ValueError):
@@ -71,6 +73,17 @@ class BadRows:
 
 
 RAISE: BadRowHandler = BadRows("error")
+
+
+def parsed(items: Iterable[InT], parse: Callable[[InT], OutT], on_bad: BadRowHandler) -> Iterator[OutT]:
+    """Parse each item; where that raises a DataError and `on_bad` returns, the item is left out."""
+    for item in items:
+        try:
+            result = parse(item)
+        except DataError as error:
+            on_bad(error)
+        else:
+            yield result
 
 
 class Notes(Counter[str]):

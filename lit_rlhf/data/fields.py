@@ -1,4 +1,7 @@
-"""Checked access to fields of nested rows, by path: ("answers", 2, "text") is the field answers[2].text."""
+"""Checked access to fields of nested rows, by path: ("answers", 2, "text") is the field answers[2].text.
+
+Each function raises a DataError that names the field if it does not hold what is asked for.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,7 @@ Key = str | int
 
 
 def value_at(row: Row, *path: Key) -> Any:
-    """The value at a path, None if the last step is absent or null. Indices must lie in their list.
-
-    Raises:
-        DataError: An earlier step is absent, or is not an object where the next step names a field.
-    """
+    """The value at a path, None if the last step is absent or null. Indices must lie in their list."""
     value: Any = row.data
     for depth, key in enumerate(path):
         if isinstance(key, int):
@@ -31,11 +30,7 @@ def value_at(row: Row, *path: Key) -> Any:
 
 
 def text_at(row: Row, *path: Key, may_be_empty: bool = False) -> str:
-    """The text at a path.
-
-    Raises:
-        DataError: It is absent, not Unicode text, or blank though it may not be.
-    """
+    """The text at a path; blank text is refused unless it may be empty."""
     value = _required(row, path)
     if not isinstance(value, str):
         raise _wrong_type(row, path, "text", value)
@@ -46,11 +41,7 @@ def text_at(row: Row, *path: Key, may_be_empty: bool = False) -> str:
 
 
 def list_at(row: Row, *path: Key) -> list[Any]:
-    """The list at a path.
-
-    Raises:
-        DataError: It is absent or not a list.
-    """
+    """The list at a path."""
     value = _required(row, path)
     if not isinstance(value, list):
         raise _wrong_type(row, path, "a list", value)
@@ -58,11 +49,7 @@ def list_at(row: Row, *path: Key) -> list[Any]:
 
 
 def number_at(row: Row, *path: Key) -> float:
-    """The finite number at a path.
-
-    Raises:
-        DataError: It is absent, not a number, or not finite.
-    """
+    """The finite number at a path."""
     value = _required(row, path)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _wrong_type(row, path, "a number", value)
@@ -76,11 +63,7 @@ def number_at(row: Row, *path: Key) -> float:
 
 
 def choice_at(row: Row, *path: Key) -> int:
-    """The 0 or 1 at a path.
-
-    Raises:
-        DataError: It is absent or neither.
-    """
+    """The 0 or 1 at a path."""
     number = number_at(row, *path)
     if number not in (0, 1):
         raise bad_field(row, path, f"must be 0 or 1, not {number:g}", "number out of range of field")
@@ -88,11 +71,7 @@ def choice_at(row: Row, *path: Key) -> int:
 
 
 def flag_at(row: Row, *path: Key) -> bool | None:
-    """The true or false at a path, None if absent.
-
-    Raises:
-        DataError: It is something else.
-    """
+    """The true or false at a path, None if absent."""
     value = value_at(row, *path)
     if value is not None and not isinstance(value, bool):
         raise _wrong_type(row, path, "true or false", value)
@@ -100,11 +79,7 @@ def flag_at(row: Row, *path: Key) -> bool | None:
 
 
 def check_unicode(row: Row, text: str, *path: Key) -> None:
-    """Check the text at a path.
-
-    Raises:
-        DataError: It holds half of a surrogate pair.
-    """
+    """Refuse half of a surrogate pair in the text at a path."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which tokenizers refuse

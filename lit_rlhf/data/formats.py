@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations
 from typing import Any, Literal, get_args
 
-from lit_rlhf.data.errors import BadRowHandler, DataError, Notes
+from lit_rlhf.data.errors import BadRowHandler, DataError, Notes, parsed
 from lit_rlhf.data.fields import bad_field, choice_at, list_at, number_at, text_at, value_at
 from lit_rlhf.data.oasst import oasst
 from lit_rlhf.data.parsing import Format
@@ -36,16 +36,16 @@ def each(convert: RowConverter) -> Converter:
     A row it raises a DataError for is bad; a row without rankings is counted in the notes.
     """
 
-    def convert_all(rows: Iterable[Row], on_bad: BadRowHandler, notes: Notes) -> Iterator[Ranking]:
-        for row in rows:
-            try:
-                rankings = list(convert(row))
-            except DataError as error:
-                on_bad(error)
-                continue
-            except Exception as error:
+    def convert_one(row: Row) -> list[Ranking]:
+        try:
+            return list(convert(row))
+        except Exception as error:
+            if not isinstance(error, DataError):
                 error.add_note(f"while converting {row.where}")
-                raise
+            raise
+
+    def convert_all(rows: Iterable[Row], on_bad: BadRowHandler, notes: Notes) -> Iterator[Ranking]:
+        for rankings in parsed(rows, convert_one, on_bad):
             notes["rows that hold no ranking"] += not rankings
             yield from rankings
 

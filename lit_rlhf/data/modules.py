@@ -121,7 +121,7 @@ class PreferenceData(ResponseData[PairTokens]):
         self._check_settings()
 
     def _problems(self) -> list[str]:
-        acts = self.pairs_per_prompt is None or self.is_published
+        acts = self.pairs_per_prompt is None or self.becomes_rankings
         return super()._problems() + unmet(
             at_least_1("pairs_per_prompt", self.pairs_per_prompt, or_none=True),
             (acts, f"pairs_per_prompt does not act on format {self.format!r}"),
@@ -156,7 +156,7 @@ class InstructionData(ResponseData[InstructionTokens]):
         self._check_settings()
 
     def _problems(self) -> list[str]:
-        acts = self.fields.response == "response" or not self.is_published
+        acts = self.fields.response == "response" or not self.becomes_rankings
         return super()._problems() + unmet((acts, f"response_column does not act on format {self.format!r}"))
 
     def parse(self, row: Row) -> Instruction:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
-from lit_rlhf.data.errors import BadRowHandler, DataError, Notes
+from lit_rlhf.data.errors import BadRowHandler, DataError, Notes, parsed
 from lit_rlhf.data.fields import Key, bad_field, flag_at, list_at, number_at, text_at, value_at
 from lit_rlhf.data.records import Messages, Ranking
 from lit_rlhf.data.sources import Row
@@ -38,20 +39,18 @@ def oasst(rows: Iterable[Row], on_bad: BadRowHandler, notes: Notes) -> Iterator[
 
     Rank 0 is the best reply; replies without a rank have no score. Flat rows may come in any order and are all read
     before the first ranking. Left out and noted: trees in another state than ready_for_export, and messages
-    that are deleted or rejected in review, with the replies below them. A bad message takes those below it along.
+    that are deleted or rejected in review, with the replies below them. The replies below a bad message are lost too.
     """
-    flat = []
-    for row in rows:
-        if "message_id" in row.data:
-            flat.append(row)
-            continue
-        try:
-            root = _tree(row)
-        except DataError as error:
-            on_bad(error)
-        else:
-            yield from _rankings(root, on_bad, notes)
-    for root in _roots(flat, on_bad, notes):
+    flat: list[Row] = []
+
+    def trees() -> Iterator[Row]:
+        for row in rows:
+            if "message_id" in row.data:
+                flat.append(row)
+            else:
+                yield row
+
+    for root in chain(parsed(trees(), _tree, on_bad), _roots(flat, on_bad, notes)):
         yield from _rankings(root, on_bad, notes)
 
 
@@ -69,18 +68,18 @@ def _tree(row: Row) -> _Message:
     return root
 
 
-def _roots(rows: list[Row], on_bad: BadRowHandler, notes: Notes) -> list[_Message]:
+def _roots(rows: list[Row], on_bad: BadRowHandler, notes: Notes) -> Iterator[_Message]:
     """The roots of flat message rows, in their order."""
     messages: dict[str, _Message] = {}
-    for row in rows:
-        try:
-            name = text_at(row, "message_id")
-            if name in messages:
-                raise bad_field(row, ("message_id",), f"repeats that of {messages[name].row.where}", "repeated field")
-        except DataError as error:
-            on_bad(error)
-        else:
-            messages[name] = _Message(row)
+
+    def new_name(row: Row) -> tuple[str, Row]:
+        name = text_at(row, "message_id")
+        if name in messages:
+            raise bad_field(row, ("message_id",), f"repeats that of {messages[name].row.where}", "repeated field")
+        return name, row
+
+    for name, row in parsed(rows, new_name, on_bad):
+        messages[name] = _Message(row)
     roots: list[_Message] = []
     lost: list[_Message] = []
     for message in messages.values():
@@ -97,7 +96,7 @@ def _roots(rows: list[Row], on_bad: BadRowHandler, notes: Notes) -> list[_Messag
     for message in messages.values():
         if id(message) not in reached:
             on_bad(bad_field(message.row, ("parent_id",), "leads round in a circle", "circle of field"))
-    return roots
+    yield from roots
 
 
 def _parent(message: _Message, messages: dict[str, _Message]) -> _Message | None:

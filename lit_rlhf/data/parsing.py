@@ -1,4 +1,4 @@
-"""Stage 3, records: a row becomes a preference pair, an instruction or a prompt, from columns or HH-RLHF transcripts."""
+"""Stage 3, records: a row of columns or of HH-RLHF transcripts becomes a pair, an instruction or a prompt."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from lit_rlhf.data.errors import RAISE, BadRowHandler, DataError
+from lit_rlhf.data.errors import RAISE, BadRowHandler, DataError, parsed
 from lit_rlhf.data.fields import bad_field, check_unicode
 from lit_rlhf.data.records import Instruction, Messages, Pair, Prompt, Text
 from lit_rlhf.data.sources import Row, read_rows
@@ -48,12 +48,8 @@ def load_records(
     Raises:
         DataError: A source cannot be read, or no usable row remains.
     """
-    records = []
-    for row in convert(row for source in sources for row in read_rows(source, on_bad)):
-        try:
-            records.append(parse(row))
-        except DataError as error:
-            on_bad(error)
+    rows = convert(row for source in sources for row in read_rows(source, on_bad))
+    records = list(parsed(rows, parse, on_bad))
     if not records:
         raise DataError("no usable rows", where=", ".join(sources) or "data", fix="Name a source that holds some.")
     return records
@@ -89,8 +85,6 @@ def parse_instruction(row: Row, fields: Fields = DEFAULT_FIELDS) -> Instruction:
     Raises:
         DataError: A field is missing, of the wrong type or empty.
     """
-    prompt: Text
-    response: Text
     if _format_of(row, fields) == "hh":
         field = fields.chosen
         prompt, response, _ = _split_transcripts(row, fields, _optional_text(row, fields.rejected))
@@ -108,7 +102,6 @@ def parse_prompt(row: Row, fields: Fields = DEFAULT_FIELDS) -> Prompt:
     Raises:
         DataError: The prompt is missing, of the wrong type or empty.
     """
-    prompt: Text
     if _format_of(row, fields) == "hh":
         prompt, _, _ = _split_transcripts(row, fields, _optional_text(row, fields.rejected))
     elif row.data.get(fields.prompt) is None and isinstance(row.data.get(fields.chosen), list):
@@ -139,7 +132,7 @@ def _format_of(row: Row, fields: Fields) -> Literal["columns", "hh"]:
     )
 
 
-def _split_transcripts(row: Row, fields: Fields, rejected: str | None) -> tuple[str, str, str]:
+def _split_transcripts(row: Row, fields: Fields, rejected: str | None) -> tuple[Text, Text, Text]:
     """Split HH-RLHF transcripts into (prompt, chosen response, rejected response).
 
     The prompt is the longest shared beginning that ends in "Assistant:". It is cut there rather than at each
@@ -187,11 +180,10 @@ def _pair_of_columns(row: Row, fields: Fields) -> Pair:
 
 def _prompt_and_response(row: Row, fields: Fields, field: str) -> tuple[Text, Text]:
     """Prompt and response of a row in column format, both as strings or both as chat messages."""
-    if isinstance(_value(row, field), str):
-        response = _text(row, field)
+    messages = _text_or_messages(row, field)
+    if isinstance(messages, str):
         prompt = _prompt_field(row, fields)
-        return (prompt, response) if isinstance(prompt, str) else (prompt, [_message("assistant", response)])
-    messages = _messages(row, field)
+        return prompt, messages if isinstance(prompt, str) else [_message("assistant", messages)]
     if messages[-1]["role"] != "assistant":
         raise _wrong_type(row, field, f"must end with an assistant turn, not {messages[-1]['role']!r}")
     if len(messages) == 1:
@@ -199,9 +191,9 @@ def _prompt_and_response(row: Row, fields: Fields, field: str) -> tuple[Text, Te
         return ([_message("user", prompt)] if isinstance(prompt, str) else prompt), messages
     if all(message["role"] == "assistant" for message in messages):
         raise _wrong_type(row, field, f"must be one assistant turn, not {len(messages)} in a row")
-    conversation = _check_prompt(row, field, messages[:-1])
-    _check_same_prompt(row, fields, conversation)
-    return conversation, messages[-1:]
+    _check_prompt(row, field, messages[:-1])
+    _check_same_prompt(row, fields, messages[:-1])
+    return messages[:-1], messages[-1:]
 
 
 def _check_same_prompt(row: Row, fields: Fields, conversation: Messages) -> None:
@@ -209,12 +201,8 @@ def _check_same_prompt(row: Row, fields: Fields, conversation: Messages) -> None
     if row.data.get(fields.prompt) is None:
         return
     prompt = _prompt_field(row, fields)
-    same = (
-        any(message["content"] == prompt for message in conversation)
-        if isinstance(prompt, str)
-        else prompt == conversation
-    )
-    if not same:
+    stated = [message["content"] for message in conversation] if isinstance(prompt, str) else [conversation]
+    if prompt not in stated:
         raise DataError(
             "differs from the conversation before the response",
             where=row.where,
@@ -225,18 +213,18 @@ def _check_same_prompt(row: Row, fields: Fields, conversation: Messages) -> None
 
 
 def _prompt_field(row: Row, fields: Fields) -> Text:
-    if isinstance(_value(row, fields.prompt), list):
-        return _check_prompt(row, fields.prompt, _messages(row, fields.prompt))
-    text = _text(row, fields.prompt)
-    _check_not_empty(row, fields.prompt, text)
-    return text
+    prompt = _text_or_messages(row, fields.prompt)
+    if isinstance(prompt, str):
+        _check_not_empty(row, fields.prompt, prompt)
+    else:
+        _check_prompt(row, fields.prompt, prompt)
+    return prompt
 
 
-def _check_prompt(row: Row, field: str, messages: Messages) -> Messages:
+def _check_prompt(row: Row, field: str, messages: Messages) -> None:
     if messages[-1]["role"] == "assistant":
         raise _wrong_type(row, field, "has a prompt ending with an assistant turn: nothing to answer")
     _check_not_empty(row, field, messages, part="prompt")
-    return messages
 
 
 def _message(role: str, content: str) -> dict[str, Any]:
@@ -263,10 +251,10 @@ def _optional_text(row: Row, field: str) -> str | None:
     return None if row.data.get(field) is None else _text(row, field)
 
 
-def _messages(row: Row, field: str) -> Messages:
+def _text_or_messages(row: Row, field: str) -> Text:
     value = _value(row, field)
     if not isinstance(value, list):
-        raise _wrong_type(row, field, f"must be text or chat messages, not {type(value).__name__}")
+        return _text(row, field)
     if not value:
         raise _empty(row, field, "is an empty list")
     for number, message in enumerate(value, start=1):

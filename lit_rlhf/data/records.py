@@ -128,7 +128,8 @@ class Pair(Record[PairTokens]):
 
     def with_ids(self, ids: Sequence[Ids], columns: Columns, decode: Decode) -> PairTokens:
         """The tokenized pair."""
-        return PairTokens(*ids, columns=columns)
+        prompt, chosen, rejected = ids
+        return PairTokens(prompt, chosen, rejected, columns)
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,8 @@ class Instruction(Record[InstructionTokens]):
 
     def with_ids(self, ids: Sequence[Ids], columns: Columns, decode: Decode) -> InstructionTokens:
         """The tokenized instruction."""
-        return InstructionTokens(*ids, columns=columns)
+        prompt, response = ids
+        return InstructionTokens(prompt, response, columns)
 
 
 @dataclass(frozen=True)

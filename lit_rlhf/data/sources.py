@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lit_rlhf.data.errors import RAISE, BadRowHandler, DataError
+from lit_rlhf.data.errors import RAISE, BadRowHandler, DataError, parsed
 
 HUB_PREFIX = "hub:"
 EACH_LINE = "Put one JSON object on each line"
@@ -62,42 +62,32 @@ def read_rows(source: str, on_bad: BadRowHandler = RAISE) -> Iterator[Row]:
 
 
 def _read_jsonl(path: Path, on_bad: BadRowHandler) -> Iterator[Row]:
+    def parse(numbered: tuple[int, bytes]) -> Row:
+        where = f"{path.name}:{numbered[0]}"
+        data = _parse_json(numbered[1], where, f"{EACH_LINE}.")
+        return _as_row(data, where, f'{EACH_LINE}, such as {{"prompt": "..."}}.')
+
     with _open_binary(path) as file:
-        for number, line in enumerate(_lines(file, path), start=1):
-            if number == 1:
-                line = line.removeprefix(BYTE_ORDER_MARK)
-            if not line.strip():
-                continue
-            where = f"{path.name}:{number}"
-            try:
-                data = _parse_json(line, where, f"{EACH_LINE}.")
-                row = _as_row(data, where, f'{EACH_LINE}, such as {{"prompt": "..."}}.')
-            except DataError as error:
-                on_bad(error)
-            else:
-                yield row
+        yield from parsed(((number, line) for number, line in _lines(file, path) if line.strip()), parse, on_bad)
 
 
 def _read_json(path: Path, on_bad: BadRowHandler) -> Iterator[Row]:
     with _open_binary(path) as file:
-        lines = (line.removeprefix(BYTE_ORDER_MARK).lstrip() for line in _lines(file, path))
-        is_array = next((line for line in lines if line), b"").startswith(b"[")
+        lines = (line.strip() for _, line in _lines(file, path))
+        is_array = next(filter(None, lines), b"").startswith(b"[")
     return _read_json_array(path, on_bad) if is_array else _read_jsonl(path, on_bad)
 
 
 def _read_json_array(path: Path, on_bad: BadRowHandler) -> Iterator[Row]:
     with _open_binary(path) as file:
-        content = b"".join(_lines(file, path)).removeprefix(BYTE_ORDER_MARK)
+        content = b"".join(line for _, line in _lines(file, path))
     items = _parse_json(content, path.name, "Put one array of JSON objects in the file, or name it .jsonl.")
     del content  # these files are large
-    for number, item in enumerate(items, start=1):
-        where = f"{path.name} item {number}"
-        try:
-            row = _as_row(item, where, "Make every item of the array an object.")
-        except DataError as error:
-            on_bad(error)
-        else:
-            yield row
+
+    def parse(numbered: tuple[int, Any]) -> Row:
+        return _as_row(numbered[1], f"{path.name} item {numbered[0]}", "Make every item of the array an object.")
+
+    return parsed(enumerate(items, start=1), parse, on_bad)
 
 
 def _open_binary(path: Path) -> BinaryIO:
@@ -108,12 +98,12 @@ def _open_binary(path: Path) -> BinaryIO:
         raise DataError(f"cannot be opened ({error})", where=str(path), fix="Check its permissions.") from error
 
 
-def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    """Lines of a possibly compressed file; damage ends them with a DataError naming the line reached."""
+def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines of a possibly compressed file; damage ends them with a DataError naming the line reached."""
     number = 0
     try:
-        for number, line in enumerate(file, start=1):  # noqa: B007 (used after the loop breaks off)
-            yield line
+        for number, line in enumerate(file, start=1):
+            yield number, line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"the file is damaged after line {number} ({error})",

@@ -109,13 +109,13 @@ def tokenize(
     counts = _Counts(options, len(records))
     names = dict.fromkeys(name for record in records for name in record.columns)  # a set that keeps the order
     prompts = _encode_prompts(records, tokenizer, on_bad)
-    columns_of_responses = zip(*(record.responses for record in records), strict=True)
-    responses = [_encode_responses(texts, tokenizer, options) for texts in columns_of_responses]
+    by_position = zip(*(record.responses for record in records), strict=True)  # the first responses, the second, ...
+    responses = [_encode_responses(texts, tokenizer, options) for texts in by_position]
     examples = []
     for index, (record, prompt) in enumerate(zip(records, prompts, strict=True)):
         if prompt is None:
             continue
-        ids = _fit(prompt, [of_all[index] for of_all in responses], tokenizer, counts)
+        ids = _fit(prompt, [position[index] for position in responses], tokenizer, counts)
         if ids is not None:
             examples.append(record.with_ids(ids, {name: record.columns.get(name) for name in names}, decode))
     counts.warn()

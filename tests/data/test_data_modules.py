@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from lit_rlhf.data import DataError, InstructionData, PreferenceData, PromptData
+from lit_rlhf.errors import ConfigError
 
 LETTERS = "abcdefghijklmnopqrst"
 PAIRS = [pair_row(p, f"{p} {r}", r, id=f"{p}{r}") for p, r in zip(LETTERS, "ab" * 10, strict=True)]  # 20 rows
@@ -109,6 +110,16 @@ def test_limits_that_leave_nothing_are_an_error(source):
         ),
         (PromptData, {"max_prompt_length": 0}, ["max_prompt_length must"]),
         (PreferenceData, {"max_response_length": 0, "eval_batch_size": 0}, ["max_response", "eval_batch"]),
+        (
+            PreferenceData,
+            {"limit": 0, "max_response_length": 0, "pairs_per_prompt": 0, "format": "tlrd"},
+            ["limit must", "max_response_length must", "pairs_per_prompt must", "format must be one of"],
+        ),
+        (
+            InstructionData,
+            {"batch_size": 0, "format": "shp", "response_column": "x"},
+            ["batch_size must", "response_column does not act"],
+        ),
     ],
 )
 def test_arguments_are_checked_together(kind, kwargs, fragments):
@@ -116,6 +127,13 @@ def test_arguments_are_checked_together(kind, kwargs, fragments):
         kind(train="x.jsonl", **kwargs)
     for fragment in fragments:
         assert fragment in str(caught.value)
+
+
+def test_settings_changed_after_construction_are_checked_before_reading():
+    data = PromptData(train="nowhere.jsonl")
+    data.batch_size = 0
+    with pytest.raises(ConfigError, match="batch_size must be at least 1"):
+        data.setup("fit")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ from lit_rlhf.data import (
     Pair,
     Prompt,
     TokenizeOptions,
+    collate,
     pad_token_id,
+    tokenize,
     tokenize_instructions,
     tokenize_pairs,
     tokenize_prompts,
@@ -149,6 +151,15 @@ def test_prompt_text_is_what_the_model_sees_after_the_cut(tokenizer):
         first, second = tokenize_prompts(rows, tokenizer, TokenizeOptions(max_prompt_length=2))
     assert (first.text, second.text) == ("b c", "d")
     assert (first.columns, second.columns) == ({"x": 1, "y": None}, {"x": None, "y": [2]})
+
+
+def test_columns_of_any_record_travel_with_it_into_the_batch(tokenizer):
+    pairs = [Pair("a", "b", "c", "f:1", {"image": "x.png"}), Pair("a b", "c", "d", "f:2", {"size": 3})]
+    batch = collate(tokenize(pairs, tokenizer), pad_id=0)
+    assert batch["columns"] == {"image": ["x.png", None], "size": [None, 3]}
+    assert len(batch["tokens"]) == 4
+    instructions = [Instruction("a", "b", "f:1", {"image": "x.png"})]
+    assert collate(tokenize(instructions, tokenizer), pad_id=0)["columns"] == {"image": ["x.png"]}
 
 
 def test_missing_eos():

@@ -1,4 +1,4 @@
-"""Data: a row's way from a file to a padded batch, the same for preference pairs, instructions and prompts.
+"""Data: a row's path from a file to a padded batch, the same for preference pairs, instructions and prompts.
 
 1. `sources`  reads a row, with the place it came from (file and line).
 2. `formats`  turns rows of published data sets, through rankings, into rows with the columns the next stage reads.
@@ -6,7 +6,7 @@
 4. `tokens`   turns records into token ids within the length limits.
 5. `batches`  pads examples into tensors, in the order of `order`.
 
-`TextData` (`base`) takes all rows through these stages; the public `modules` say which record they want.
+`TextData` (`base`) takes all rows through these stages; each public data module (`modules`) names its record.
 """
 
 from lit_rlhf.data.base import TextData

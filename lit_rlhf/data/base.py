@@ -1,4 +1,4 @@
-"""The way of every row, whatever it becomes: read, parse, split and tokenize in `setup`, batch in the loaders."""
+"""The path every row takes, whatever it becomes: read, parse, split and tokenize in `setup`, batch in the loaders."""
 
 from __future__ import annotations
 

@@ -91,6 +91,6 @@ class Notes(Counter[str]):
 
     def warn(self, name: str) -> None:
         """Issue one warning about the format `name`, or none if nothing was left out."""
-        told = [f"{count} {reason}" for reason, count in self.items() if count]
-        if told:
-            rank_zero_warn(f"Format {name!r} left out: {'; '.join(told)}.")
+        parts = [f"{count} {reason}" for reason, count in self.items() if count]
+        if parts:
+            rank_zero_warn(f"Format {name!r} left out: {'; '.join(parts)}.")

@@ -1,4 +1,4 @@
-"""The public data modules; each says what its record is, the way of the rows is `TextData`'s."""
+"""The public data modules: each names its record and adds its few settings; `TextData` does the rest."""
 
 from __future__ import annotations
 

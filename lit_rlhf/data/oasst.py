@@ -17,7 +17,7 @@ CHAT_ROLES = {"prompter": "user", "assistant": "assistant"}
 
 @dataclass
 class _Message:
-    """A message: where it stands (its row and the path in it), and its replies."""
+    """A message: its place (the row and the path in it), and its replies."""
 
     row: Row
     path: tuple[Key, ...] = ()
@@ -117,7 +117,8 @@ def _parent(message: _Message, messages: dict[str, _Message]) -> _Message | None
 def _rankings(root: _Message, on_bad: BadRowHandler, notes: Notes) -> Iterator[Ranking]:
     """The rankings of a tree, in the order of its conversations."""
     try:
-        if not _is_ready(root):
+        # A tree row has the state next to its root; flat rows have it in the root.
+        if value_at(root.row, "tree_state") is not None and text_at(root.row, "tree_state") != READY:
             notes["messages of trees that are not ready for export"] += root.size()
             return
     except DataError as error:
@@ -137,13 +138,6 @@ def _rankings(root: _Message, on_bad: BadRowHandler, notes: Notes) -> Iterator[R
         yield Ranking(prompt, texts, scores, message.row.where, columns)
         following = [(later, [*prompt, _turn("assistant", text)]) for reply, text, _ in kept for later in reply.replies]
         conversations.extend(reversed(following))
-
-
-def _is_ready(root: _Message) -> bool:
-    """Whether a tree is complete; its state stands beside the root in a tree row, in the root in flat rows."""
-    if value_at(root.row, "tree_state") is None:
-        return True
-    return text_at(root.row, "tree_state") == READY
 
 
 def _read(message: _Message, role: str, on_bad: BadRowHandler, notes: Notes) -> tuple[str, float | None] | None:

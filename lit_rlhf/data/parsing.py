@@ -113,7 +113,7 @@ def parse_prompt(row: Row, fields: Fields = DEFAULT_FIELDS) -> Prompt:
 
 
 def _format_of(row: Row, fields: Fields) -> Literal["columns", "hh"]:
-    """The format of a row: as chosen by the user, else told from the row itself."""
+    """The format of a row: as chosen by the user, else recognized from the row itself."""
     if fields.format != "auto":
         return fields.format
     if row.data.get(fields.prompt) is not None:
@@ -156,10 +156,8 @@ def _split_transcripts(row: Row, fields: Fields, rejected: str | None) -> tuple[
 
 
 def _shared_beginning(first: str, second: str) -> str:
-    for index, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return first[:index]
-    return min(first, second, key=len)
+    differ = (index for index, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return first[: next(differ, min(len(first), len(second)))]
 
 
 def _pair_of_columns(row: Row, fields: Fields) -> Pair:
@@ -183,12 +181,12 @@ def _prompt_and_response(row: Row, fields: Fields, field: str) -> tuple[Text, Te
     messages = _text_or_messages(row, field)
     if isinstance(messages, str):
         prompt = _prompt_field(row, fields)
-        return prompt, messages if isinstance(prompt, str) else [_message("assistant", messages)]
+        return prompt, messages if isinstance(prompt, str) else [{"role": "assistant", "content": messages}]
     if messages[-1]["role"] != "assistant":
         raise _wrong_type(row, field, f"must end with an assistant turn, not {messages[-1]['role']!r}")
     if len(messages) == 1:
         prompt = _prompt_field(row, fields)
-        return ([_message("user", prompt)] if isinstance(prompt, str) else prompt), messages
+        return ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt), messages
     if all(message["role"] == "assistant" for message in messages):
         raise _wrong_type(row, field, f"must be one assistant turn, not {len(messages)} in a row")
     _check_prompt(row, field, messages[:-1])
@@ -197,7 +195,7 @@ def _prompt_and_response(row: Row, fields: Fields, field: str) -> tuple[Text, Te
 
 
 def _check_same_prompt(row: Row, fields: Fields, conversation: Messages) -> None:
-    """A prompt field beside whole conversations must be part of them, or two prompts would compete."""
+    """A prompt field next to a whole conversation must be part of it, or the row would have two prompts."""
     if row.data.get(fields.prompt) is None:
         return
     prompt = _prompt_field(row, fields)
@@ -225,10 +223,6 @@ def _check_prompt(row: Row, field: str, messages: Messages) -> None:
     if messages[-1]["role"] == "assistant":
         raise _wrong_type(row, field, "has a prompt ending with an assistant turn: nothing to answer")
     _check_not_empty(row, field, messages, part="prompt")
-
-
-def _message(role: str, content: str) -> dict[str, Any]:
-    return {"role": role, "content": content}
 
 
 def _value(row: Row, field: str) -> Any:

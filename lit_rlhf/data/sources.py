@@ -187,11 +187,7 @@ def _csv_fields(header: list[str], cells: list[str], where: str) -> dict[str, An
 
 
 def _is_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+    return text == text.encode("utf-8", "ignore").decode("utf-8")
 
 
 def _read_parquet(path: Path, on_bad: BadRowHandler) -> Iterator[Row]:

@@ -78,9 +78,9 @@ class _Counts:
             (self.responses_dropped, f"rows were left out, a response being {response} ({policy})"),
             (self.pairs_made_equal, "pairs were left out, their responses being the same tokens"),
         ]
-        told = [f"{count} {text}" for count, text in lines if count]
-        if told:
-            rank_zero_warn(f"Length limits, {self.total} rows: {'; '.join(told)}.")
+        parts = [f"{count} {text}" for count, text in lines if count]
+        if parts:
+            rank_zero_warn(f"Length limits, {self.total} rows: {'; '.join(parts)}.")
 
 
 def tokenize(
@@ -199,15 +199,8 @@ def _encode_prompts(
             if encoded:
                 ids[index] = encoded
                 continue
-            on_bad(
-                DataError(
-                    "gives no tokens",
-                    where=records[index].where,
-                    field="prompt",
-                    fix="Remove the row, or use a tokenizer that knows its characters.",
-                    reason="prompt without tokens",
-                )
-            )
+            fix, reason = "Remove the row, or use a tokenizer that knows its characters.", "prompt without tokens"
+            on_bad(DataError("gives no tokens", where=records[index].where, field="prompt", fix=fix, reason=reason))
     return ids
 
 
@@ -235,12 +228,10 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, special: bool)
             truncation=False,
             verbose=False,  # our limits replace its warning about long texts
         )
-        if not special:
-            encoded.extend(array("i", ids) for ids in batch["input_ids"])
-            continue
-        for ids, added in zip(batch["input_ids"], batch["special_tokens_mask"], strict=True):
+        for index, ids in enumerate(batch["input_ids"]):
             end = len(ids)
-            while end and added[end - 1]:  # some tokenizers close a text with EOS; the response follows here
+            # Some tokenizers close a text with EOS; the response follows here.
+            while special and end and batch["special_tokens_mask"][index][end - 1]:
                 end -= 1
             encoded.append(array("i", ids[:end]))
     return encoded

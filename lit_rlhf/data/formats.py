@@ -171,7 +171,7 @@ def pair_rows(rankings: Iterable[Ranking], notes: Notes, per_prompt: int | None 
 
 
 def instruction_rows(rankings: Iterable[Ranking], notes: Notes) -> Iterator[Row]:
-    """Rows of each prompt with its best response, where it stands first.
+    """Rows of each prompt with its best response, at the place of its first occurrence.
 
     The best response wins most comparisons, less those it loses, over all rankings of its prompt; of equals it is
     the first.
@@ -197,7 +197,7 @@ def instruction_rows(rankings: Iterable[Ranking], notes: Notes) -> Iterator[Row]
 
 
 def prompt_rows(rankings: Iterable[Ranking], notes: Notes) -> Iterator[Row]:
-    """Rows of each prompt once, where it stands first, responses or not.
+    """Rows of each prompt once, at the place of its first occurrence, with or without responses.
 
     Returns:
         Rows of `prompt` and the ranking's columns.

@@ -25,7 +25,7 @@ ACCEPTED = (
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a source: its fields, and where it stands ("a.jsonl:17", "a.json item 17", "a.parquet row 17")."""
+    """One row of a source: its fields, and its place ("a.jsonl:17", "a.json item 17", "a.parquet row 17")."""
 
     data: dict[str, Any]
     where: str

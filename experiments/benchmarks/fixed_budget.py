@@ -21,9 +21,9 @@ from typing import Any
 from rich.table import Table
 
 from lit_rlhf.backbone import LoraArgs
-from lit_rlhf.commands.bench import Workload
-from lit_rlhf.commands.bench_process import environment, run_child, write_shape
-from lit_rlhf.commands.bench_report import make_console, peak_bytes, show, spread
+from lit_rlhf.bench import Workload
+from lit_rlhf.bench.process import environment, run_child, write_shape
+from lit_rlhf.bench.report import make_console, peak_bytes, show, spread
 from lit_rlhf.planner import Planner, Setting, load_config, make_rows
 from lit_rlhf.planner.report import parse_bytes
 

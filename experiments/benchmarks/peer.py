@@ -23,9 +23,9 @@ from typing import Any
 
 from rich.table import Table
 
-from lit_rlhf.commands.bench import Workload
-from lit_rlhf.commands.bench_process import environment, run_child
-from lit_rlhf.commands.bench_report import make_console, show, spread
+from lit_rlhf.bench import Workload
+from lit_rlhf.bench.process import environment, run_child
+from lit_rlhf.bench.report import make_console, show, spread
 
 # Ours as algorithm:layout, and the most each may cost, as a share of TRL's seconds and of its peak memory.
 TARGETS = {"PPO:hydra": (0.75, 0.40), "PPO:j_hydra": (0.65, 0.40), "ReMax:hydra": (0.85, 0.40)}

@@ -23,9 +23,9 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from lit_rlhf.callbacks import IterationProgress
-from lit_rlhf.commands.run import silence_warnings
 from lit_rlhf.errors import MissingPackageError
 from lit_rlhf.evaluation import win_rate
+from lit_rlhf.warning_filters import silence_warnings
 
 CONSOLE = Console(soft_wrap=True)
 SHOWN = 10

@@ -20,9 +20,9 @@ from lit_rlhf.algorithms import BackboneModule
 from lit_rlhf.callbacks import IterationProgress, PredictionWriter
 from lit_rlhf.cli import config_files
 from lit_rlhf.commands.messages import check_files, is_for_the_user, parser_message
-from lit_rlhf.commands.run import silence_warnings
 from lit_rlhf.errors import LitRLHFError
 from lit_rlhf.strategies import refuse_strategy
+from lit_rlhf.warning_filters import silence_warnings
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "logger": {

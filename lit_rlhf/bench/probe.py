@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from lit_rlhf.backbone import Backbone
-from lit_rlhf.commands.bench import Workload
+from lit_rlhf.bench import Workload
 from lit_rlhf.planner.shapes import kv_cache_bytes
 
 aten = torch.ops.aten

@@ -20,14 +20,14 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf import algorithms
 from lit_rlhf.algorithms import HydraSFT, OnPolicyModule, RewardModel
 from lit_rlhf.backbone import LoraArgs, check_length, context_length, find_layout, read_config
+from lit_rlhf.bench import Workload
+from lit_rlhf.bench.probe import WorkCounter, decode_bytes, probe, roofline
+from lit_rlhf.bench.process import MARK
 from lit_rlhf.callbacks import PhaseListener
 from lit_rlhf.callbacks.memory import CudaMeter, HostMeter, Meter, bytes_by_kind, merge_peaks
-from lit_rlhf.commands.bench import Workload
-from lit_rlhf.commands.bench_probe import WorkCounter, decode_bytes, probe, roofline
-from lit_rlhf.commands.bench_process import MARK
-from lit_rlhf.commands.run import silence_warnings
 from lit_rlhf.errors import ConfigError
 from lit_rlhf.rollout import Sampling
+from lit_rlhf.warning_filters import silence_warnings
 
 PHASES = ("generation", "scoring", "training")
 PACKAGES = ("lit-rlhf", "torch", "lightning", "transformers", "peft")
@@ -262,7 +262,7 @@ def measure(layout: str, algorithm: str, workload: Workload, folder: Path) -> di
 
 
 def run_task(task: dict[str, Any]) -> dict[str, Any]:
-    """Run a task; see :func:`lit_rlhf.commands.bench_process.run_child`."""
+    """Run a task; see :func:`lit_rlhf.bench.process.run_child`."""
     workload, folder = Workload(**task["workload"]), Path(task["folder"])
     if "write_stages" in task:
         write_stages(task["write_stages"], workload, folder)

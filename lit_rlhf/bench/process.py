@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lit_rlhf.commands.bench import Workload
+from lit_rlhf.bench import Workload
 from lit_rlhf.errors import ConfigError
 
 MARK = "LIT_RLHF_BENCH "
@@ -70,12 +70,12 @@ def write_shape(name: str, folder: Path) -> str:
 
 
 def run_child(task: dict[str, Any]) -> dict[str, Any]:
-    """Run one task of :mod:`lit_rlhf.commands.bench_run` in a process of its own and return its result.
+    """Run one task of :mod:`lit_rlhf.bench.run` in a process of its own and return its result.
 
     Raises:
         OSError: It failed.
     """
-    command = [sys.executable, "-m", "lit_rlhf.commands.bench_run", json.dumps(task)]
+    command = [sys.executable, "-m", "lit_rlhf.bench.run", json.dumps(task)]
     # A console script has no working directory on its path; own layouts and algorithms lie there.
     paths = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
     child = subprocess.run(

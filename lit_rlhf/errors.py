@@ -4,6 +4,8 @@ The command line prints such an error as it is, without a traceback. Everything 
 library's, and keeps its traceback. Each class is also the built-in exception that fits, for callers from Python.
 """
 
+import errno
+
 
 class LitRLHFError(Exception):
     """Base of every error of the user's making, or of the user's files, models and machines."""
@@ -39,3 +41,18 @@ class NonFiniteError(LitRLHFError, RuntimeError):
 
 class RewardError(LitRLHFError, RuntimeError):
     """A reward function raised, or did not answer in time."""
+
+
+class OutputExistsError(LitRLHFError, FileExistsError):
+    """A command would write where something is already."""
+
+
+class BenchmarkError(LitRLHFError, ChildProcessError):
+    """The process of a measurement failed; the message holds its last words."""
+
+
+def message_suffices(error: BaseException) -> bool:
+    """Say whether a user can mend an error by its message: one of ours, or the system's about a file or a full disk."""
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        return True
+    return isinstance(error, LitRLHFError)

@@ -25,7 +25,7 @@ from lit_rlhf.bench.probe import WorkCounter, decode_bytes, probe, roofline
 from lit_rlhf.bench.process import MARK
 from lit_rlhf.callbacks import PhaseListener
 from lit_rlhf.callbacks.memory import CudaMeter, HostMeter, Meter, bytes_by_kind, merge_peaks
-from lit_rlhf.errors import ConfigError
+from lit_rlhf.errors import ConfigError, LitRLHFError, message_suffices
 from lit_rlhf.rollout import Sampling
 from lit_rlhf.warning_filters import silence_warnings
 
@@ -101,7 +101,7 @@ def find_algorithm(name: str) -> type[OnPolicyModule]:
     """Return an on-policy algorithm by its name, or by its import path.
 
     Raises:
-        ValueError: There is none.
+        ConfigError: There is none.
     """
     path, _, attribute = name.rpartition(".")
     by_name = {n.lower(): n for n in algorithms.__all__}
@@ -117,7 +117,7 @@ def make_module(layout: str, algorithm: str, workload: Workload, folder: Path) -
     """Return the module to measure, its weights not loaded yet.
 
     Raises:
-        ValueError: The workload is longer than the model reads, or the layout or algorithm is unknown.
+        ConfigError: The workload is longer than the model reads, or the layout or algorithm is unknown.
     """
     check_length(context_length(read_config(workload.model)), workload.prompt_length, workload.response_length)
     stage = stage_of(layout)
@@ -276,7 +276,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
     try:
         result = run_task(json.loads(sys.argv[1]))
-    except (OSError, ValueError, ImportError) as error:
+    except (LitRLHFError, OSError) as error:
+        if not message_suffices(error):
+            raise
         result = {"error": str(error)}
     print(MARK + json.dumps(result), flush=True)
 

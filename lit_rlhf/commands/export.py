@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
+from lit_rlhf.errors import OutputExistsError
+
 CARD = """---
 library_name: peft
 ---
@@ -38,7 +40,7 @@ def export(
 
     target = Path(out)
     if target.exists():
-        raise FileExistsError(f"{target} exists already; choose another folder, or remove it")
+        raise OutputExistsError(f"{target} exists already; choose another folder, or remove it")
     stage = StageCheckpoint.read(checkpoint)
     tokenizer = load_tokenizer(stage.spec.tokenizer or stage.spec.model)
     found = stage.role_model(role)

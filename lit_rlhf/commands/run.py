@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from lit_rlhf.errors import LitRLHFError, message_suffices
 from lit_rlhf.warning_filters import silence_warnings
 
 
@@ -38,6 +39,8 @@ def run(function: Callable[..., Any], argv: list[str], name: str) -> None:
     arguments = parser.parse_args(spell_out_flags(function, argv))
     try:
         function(**arguments.as_dict())
-    except (OSError, ValueError, ImportError) as error:
+    except (LitRLHFError, OSError) as error:
+        if not message_suffices(error):
+            raise
         print(f"lit-rlhf {name}: {error}", file=sys.stderr)
         raise SystemExit(1) from error

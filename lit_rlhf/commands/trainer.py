@@ -11,19 +11,21 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import lit_rlhf.algorithms
 import lit_rlhf.data
 import lit_rlhf.rollout  # noqa: F401  (short class names work for imported classes)
 from lit_rlhf.algorithms import BackboneModule
 from lit_rlhf.callbacks import IterationProgress, PredictionWriter
-from lit_rlhf.cli import config_files
-from lit_rlhf.commands.messages import check_files, is_for_the_user, parser_message
-from lit_rlhf.errors import LitRLHFError
+from lit_rlhf.commands.messages import check_files, parser_message
+from lit_rlhf.commands.own_modules import config_files, find_own_modules, load_plugins
+from lit_rlhf.errors import ConfigError, LitRLHFError
 from lit_rlhf.strategies import refuse_strategy
 from lit_rlhf.warning_filters import silence_warnings
 
+# Lightning's MisconfigurationException is its word for settings that do not fit each other or the machine.
+USER_ERRORS = (LitRLHFError, MisconfigurationException)
 TRAINER_DEFAULTS: dict[str, Any] = {
     "logger": {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
@@ -156,8 +158,8 @@ def main(args: list[str] | None) -> None:
         if checkpoint := getattr(stop, "checkpoint", None):
             say(f"resume with\n  {resume_command(sys.argv[1:] if args is None else args, checkpoint)}")
         raise
-    except Exception as error:
-        if os.environ.get("JSONARGPARSE_DEBUG") or not (isinstance(error, LitRLHFError) or is_for_the_user(error)):
+    except USER_ERRORS as error:
+        if os.environ.get("JSONARGPARSE_DEBUG"):
             raise
         rank = getattr(rank_zero_only, "rank", 0)  # the others say it too, for an error may be only theirs
         print(f"lit-rlhf: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
@@ -167,10 +169,12 @@ def main(args: list[str] | None) -> None:
 def run_cli(args: list[str] | None) -> None:
     """Parse the arguments and run the subcommand."""
     words = sys.argv[1:] if args is None else args
+    find_own_modules(words)
+    load_plugins()
     if words[0] in LightningCLI.subcommands():
         try:
             check_files(words[0], config_files(words))
-        except ValueError as error:
+        except ConfigError as error:
             print(f"lit-rlhf: {error}", file=sys.stderr)
             raise SystemExit(2) from error
     silence_warnings()

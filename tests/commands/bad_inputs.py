@@ -554,9 +554,6 @@ COMMANDS = [
     command("bench of an unknown model", "bench --model ./none", "./none"),
     command("bench beyond the context", "bench --model random:tiny --response_length 600", "512 tokens"),
     command("bench compare without rounds", "bench compare --rounds 0", "rounds must be at least 1"),
-    command("results of an unknown algorithm", "results --algorithms+ PPPO", "'PPPO' is not one of"),
-    command("results of an unknown layout", "results --layouts+ hydro", "'hydro' is not one of"),
-    command("results of one seed", "results --seeds 1", "seeds >= 2"),
     command(
         "quickstart into an earlier one",
         "quickstart --out there",

@@ -36,7 +36,9 @@ def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_command_starts_without_torch() -> None:
     code = (
-        "import sys, jsonargparse; from lit_rlhf.bench import process, report; from lit_rlhf.commands import bench, run;"
+        "import sys, jsonargparse\n"
+        "from lit_rlhf.bench import process, report\n"
+        "from lit_rlhf.commands import bench, run\n"
         "assert 'torch' not in sys.modules and 'lightning' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

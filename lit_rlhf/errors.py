@@ -5,6 +5,8 @@ library's, and keeps its traceback. Each class is also the built-in exception th
 """
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class LitRLHFError(Exception):
@@ -56,3 +58,24 @@ def message_suffices(error: BaseException) -> bool:
     if isinstance(error, OSError) and (error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)):
         return True
     return isinstance(error, LitRLHFError)
+
+
+@contextmanager
+def model_errors(what: str) -> Iterator[None]:
+    """Turn what libraries raise about a user's model into one kind, with the name of what they were reading.
+
+    Damaged files raise ``SafetensorError``, ``struct.error``, ``TypeError``, ``RuntimeError`` and more.
+
+    Args:
+        what: Begins the message: ``model 'x' could not be loaded``.
+
+    Raises:
+        ModelFileError: Anything was raised inside the block, but for our own errors and those about missing packages.
+    """
+    try:
+        yield
+    except (LitRLHFError, ImportError):  # these say what to do
+        raise
+    except Exception as error:
+        cause = str(error).strip().split("\n")[0]  # listings and advice follow
+        raise ModelFileError(f"{what}: {cause or type(error).__name__}") from error

@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch.optim.optimizer import ParamsT
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf import algorithms
@@ -23,10 +24,10 @@ from lit_rlhf.backbone import LoraArgs, check_length, context_length, find_layou
 from lit_rlhf.bench import Workload
 from lit_rlhf.bench.probe import WorkCounter, decode_bytes, probe, roofline
 from lit_rlhf.bench.process import MARK
-from lit_rlhf.callbacks import PhaseListener
-from lit_rlhf.callbacks.memory import CudaMeter, HostMeter, Meter, bytes_by_kind, merge_peaks
 from lit_rlhf.errors import ConfigError, LitRLHFError, message_suffices
-from lit_rlhf.rollout import Sampling
+from lit_rlhf.metrics.memory import CudaMeter, HostMeter, Meter, bytes_by_kind, merge_peaks
+from lit_rlhf.rollout import RolloutBuffer, Sampling
+from lit_rlhf.rollout.phases import PhaseListener
 from lit_rlhf.warning_filters import silence_warnings
 
 PHASES = ("generation", "scoring", "training")
@@ -34,7 +35,7 @@ PACKAGES = ("lit-rlhf", "torch", "lightning", "transformers", "peft")
 REWARD, HYDRA = "reward.ckpt", "hydra_sft.ckpt"
 
 
-def adamw(parameters: Any) -> torch.optim.Optimizer:
+def adamw(parameters: ParamsT) -> torch.optim.Optimizer:
     """Return the optimizer of every measurement."""
     return torch.optim.AdamW(parameters, lr=1e-6)
 
@@ -91,10 +92,12 @@ class RandomPrompts(L.LightningDataModule):
         mask = torch.ones_like(tokens, dtype=torch.bool)
         return {"tokens": tokens, "attention_mask": mask, "prompts": [self.texts[i] for i in indices], "columns": {}}
 
-    def train_dataloader(self) -> Any:
+    def train_dataloader(self) -> RolloutBuffer:
         """Return the rollout buffer."""
         assert self.trainer is not None
-        return self.trainer.lightning_module.rollout_buffer
+        module = self.trainer.lightning_module
+        assert isinstance(module, OnPolicyModule)
+        return module.rollout_buffer
 
 
 def find_algorithm(name: str) -> type[OnPolicyModule]:
@@ -106,7 +109,12 @@ def find_algorithm(name: str) -> type[OnPolicyModule]:
     path, _, attribute = name.rpartition(".")
     by_name = {n.lower(): n for n in algorithms.__all__}
     attribute = attribute if path else by_name.get(attribute.lower(), attribute)
-    found = getattr(import_module(path) if path else algorithms, attribute, None)
+    try:
+        found = getattr(import_module(path) if path else algorithms, attribute, None)
+    except ModuleNotFoundError as error:
+        if not f"{path}.".startswith(f"{error.name}."):  # the module is there, what it imports is not
+            raise
+        raise ConfigError(f"algorithm {name!r}: no module named {error.name!r} (searched sys.path)") from error
     if not (isinstance(found, type) and issubclass(found, OnPolicyModule)):
         known = [n for n in algorithms.__all__ if issubclass(getattr(algorithms, n), OnPolicyModule)]
         raise ConfigError(f"{name!r} is no on-policy algorithm; there are {', '.join(known)}, or give an import path")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
@@ -36,7 +36,7 @@ class GoldScorer:
     """vaderSentiment's compound score of a response, -1 to 1.
 
     Raises:
-        ImportError: The ``demo`` extra is not installed.
+        MissingPackageError: The ``demo`` extra is not installed.
     """
 
     def __init__(self) -> None:
@@ -97,12 +97,12 @@ def quiet() -> None:
 class LineProgress(Callback):
     """One line every few steps, for output that is not a terminal."""
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
         """Print the supervised stage's loss."""
         if not hasattr(pl_module, "rollout_buffer") and trainer.global_step % 25 == 0:
             CONSOLE.print(f"    step {trainer.global_step}: loss {float(trainer.callback_metrics['train/loss']):.3f}")
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print an iteration's key numbers."""
         if hasattr(pl_module, "rollout_buffer"):
             shown = {k: float(v) for k, v in trainer.callback_metrics.items()}
@@ -216,7 +216,7 @@ def plot_curves(rows: Sequence[dict[str, float]], kl_target: float, path: Path) 
     os.replace(partial, path)
 
 
-def write_json(content: Any, path: Path) -> None:
+def write_json(content: object, path: Path) -> None:
     """Write JSON under a temporary name, then rename."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ import sys
 from typing import Any, NoReturn
 
 import lightning as L
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
@@ -119,7 +119,7 @@ class CLI(LightningCLI):
         """Build the trainer, with the callbacks every run needs unless the user names their like."""
         trainer = super().instantiate_trainer(**kwargs)
         config = self._get(self.config_init, "trainer", default={})
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         given = config.get("callbacks") or []
         named = [
             str(c.get("class_path", "")) if hasattr(c, "get") else type(c).__name__

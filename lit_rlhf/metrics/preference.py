@@ -8,8 +8,7 @@ from torchmetrics import MeanMetric
 class PairMean(MeanMetric):
     """Mean over all pairs of what :meth:`of_pairs` says of each; sums are float64. nan before the first pair."""
 
-    is_differentiable = False
-    higher_is_better = True
+    higher_is_better = True  # type: ignore[assignment]  # annotated as None in torchmetrics
 
     def __init__(self) -> None:
         super().__init__(nan_strategy="disable")

@@ -36,18 +36,19 @@ def default_samples(algorithm: str) -> int:
     return 1 if parameter is None else int(parameter.default)
 
 
-def make_module(algorithm: str, backbone: Backbone) -> Any:
+def make_module(algorithm: str, backbone: Backbone) -> OnPolicyModule | SFT:
     """Return the algorithm's module (or SFT's) on a backbone that is built already; no trainer, nothing logged.
 
     Call it outside a fake-tensor mode: its metrics keep tensors of their own.
     """
-    module: Any = ALGORITHMS.get(algorithm, SFT)(model="", optimizer=torch.optim.AdamW)
+    kind: type[OnPolicyModule | SFT] = ALGORITHMS.get(algorithm, SFT)
+    module = kind(model="", optimizer=torch.optim.AdamW)
     module.backbone = backbone
-    module.log_all = lambda *_, **__: None
+    module.log_all = lambda *_, **__: None  # type: ignore[method-assign]
     return module
 
 
-def minibatch_loss(module: Any, tokens: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
+def minibatch_loss(module: OnPolicyModule | SFT, tokens: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
     """Return the loss of a minibatch whose every other field is zero.
 
     Args:

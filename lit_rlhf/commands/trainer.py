@@ -4,6 +4,7 @@ import logging
 import os
 import shlex
 import sys
+import traceback
 from typing import Any, NoReturn
 
 import lightning as L
@@ -24,8 +25,19 @@ from lit_rlhf.errors import ConfigError, LitRLHFError
 from lit_rlhf.strategies import refuse_strategy
 from lit_rlhf.warning_filters import silence_warnings
 
-# Lightning's MisconfigurationException is its word for settings that do not fit each other or the machine.
-USER_ERRORS = (LitRLHFError, MisconfigurationException)
+# Modules of Lightning that refuse settings by a plain ValueError or RuntimeError once the run has begun.
+REFUSING_MODULES = tuple(
+    f"lightning.pytorch.{name}"
+    for name in (
+        "callbacks.early_stopping",  # what it monitors is not logged
+        "callbacks.gradient_accumulation_scheduler",
+        "loops.fit_loop",  # val_check_interval
+        "plugins.precision.amp",  # clipping with a fused optimizer
+        "strategies.launchers.subprocess_script",  # LOCAL_RANK
+        "trainer.connectors.callback_connector",  # two callbacks of a kind
+        "trainer.connectors.checkpoint_connector",  # ckpt_path: best
+    )
+)
 TRAINER_DEFAULTS: dict[str, Any] = {
     "logger": {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
@@ -73,6 +85,14 @@ def cause_outside_the_parser(error: BaseException | None) -> BaseException | Non
             return error
         error = error.__cause__
     return None
+
+
+def is_for_the_user(error: Exception) -> bool:
+    """Say whether a user can mend an error: one of ours, or Lightning's about settings; the rest are bugs."""
+    if isinstance(error, LitRLHFError | MisconfigurationException):
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return type(error) in (ValueError, RuntimeError) and frame.f_globals.get("__name__") in REFUSING_MODULES
 
 
 class CLI(LightningCLI):
@@ -158,8 +178,8 @@ def main(args: list[str] | None) -> None:
         if checkpoint := getattr(stop, "checkpoint", None):
             say(f"resume with\n  {resume_command(sys.argv[1:] if args is None else args, checkpoint)}")
         raise
-    except USER_ERRORS as error:
-        if os.environ.get("JSONARGPARSE_DEBUG"):
+    except Exception as error:
+        if os.environ.get("JSONARGPARSE_DEBUG") or not is_for_the_user(error):
             raise
         rank = getattr(rank_zero_only, "rank", 0)  # the others say it too, for an error may be only theirs
         print(f"lit-rlhf: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)

@@ -77,7 +77,7 @@ def run_ours(name: str, workload: Workload, folder: str) -> dict[str, Any]:
     return {**row, "generation": seconds["generation"]["median"], "full": result}
 
 
-def summarise(runs: dict[str, list[dict[str, Any]]], against: str) -> dict[str, dict[str, Any]]:
+def summarize(runs: dict[str, list[dict[str, Any]]], against: str) -> dict[str, dict[str, Any]]:
     """Return medians and spreads of each configuration, and of its ratios to TRL, round by round."""
     return {
         name: {
@@ -137,7 +137,7 @@ def main() -> None:
     args = parser.parse_args()
     workload = Workload(updates=args.updates, accelerator="cpu", gradient_checkpointing=args.gradient_checkpointing)
     runs = measure(args, workload)
-    comparisons = {f"trl:{kind}": summarise(runs, f"trl:{kind}") for kind in args.value_models}
+    comparisons = {f"trl:{kind}": summarize(runs, f"trl:{kind}") for kind in args.value_models}
     for against, summary in comparisons.items():
         print_table(summary, against)
     if args.out is not None:

@@ -100,7 +100,7 @@ def check_settings(folder: Path, settings: dict[str, int]) -> None:
     report.write_json(settings, file)
 
 
-def summarise(cell: Cell, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarize(cell: Cell, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return one row: means over seeds, and the 95 % interval of the gain over the SFT policy."""
     mean = {
         key: statistics.fmean(run[key] for run in runs)
@@ -136,7 +136,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 def write_results(folder: Path, cells: Sequence[Cell], seeds: int, settings: dict[str, int]) -> None:
     """Write ``results.json``, ``results.md`` and ``results.png``."""
     runs = {cell: [json.loads(file_of(folder, cell, s).read_text()) for s in range(seeds)] for cell in cells}
-    rows = [summarise(cell, of_cell) for cell, of_cell in runs.items()]
+    rows = [summarize(cell, of_cell) for cell, of_cell in runs.items()]
     commits = sorted({str(run["commit"]) for of_cell in runs.values() for run in of_cell})
     content = {
         "settings": settings, "seeds": seeds, "commits": commits, "versions": report.versions(),
@@ -152,19 +152,19 @@ def write_results(folder: Path, cells: Sequence[Cell], seeds: int, settings: dic
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw each cell's gain over its SFT policy with its interval, a colour per layout."""
+    """Draw each cell's gain over its SFT policy with its interval, a color per layout."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     layouts = list(dict.fromkeys(row["layout"] for row in rows))
-    colours = dict(zip(layouts, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+    colors = dict(zip(layouts, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
     figure, axis = plt.subplots(figsize=(8, 0.22 * len(rows) + 1.2), constrained_layout=True)
     for position, row in enumerate(rows):
         low, high = row["gain_ci95"]
-        axis.plot([low, high], [position, position], color=colours[row["layout"]], linewidth=1.5)
-        axis.plot(row["gain"], position, "o", markersize=4, color=colours[row["layout"]])
+        axis.plot([low, high], [position, position], color=colors[row["layout"]], linewidth=1.5)
+        axis.plot(row["gain"], position, "o", markersize=4, color=colors[row["layout"]])
     names = [" ".join(part for part in (r["algorithm"], r["layout"], r["variant"]) if part) for r in rows]
     axis.set_yticks(range(len(rows)), names, fontsize=7)
     axis.invert_yaxis()

@@ -18,8 +18,8 @@ class Workload:
         prompt_length: Tokens of each prompt: random ones, no padding.
         response_length: Tokens of each response; EOS cannot be sampled before.
         batch_size: Responses of one update's rollout.
-        minibatch_size: Responses of one optimizer step; None takes the whole rollout, and then the loss's first pass
-            is run in scoring, which reads it too.
+        minibatch_size: Responses of one optimizer step; None takes the whole rollout, and then the loss's first forward
+            pass runs in scoring, which needs it too.
         inner_epochs: Passes over each rollout.
         samples_per_prompt: Responses to each prompt; None is the algorithm's own default.
         updates: Measured iterations; one before them warms up.

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import resource
+import statistics
 import sys
 import time
 import warnings
@@ -123,8 +124,8 @@ def compare(gold: GoldScorer, before: Responses, after: Responses) -> dict[str, 
     scores_before, scores_after = gold(before.responses), gold(after.responses)
     wins = win_rate(scores_after, scores_before)
     return {
-        "gold_before": sum(scores_before) / len(scores_before),
-        "gold_after": sum(scores_after) / len(scores_after),
+        "gold_before": statistics.fmean(scores_before),
+        "gold_after": statistics.fmean(scores_after),
         "win_rate": wins.rate,
         "win_rate_ci95": list(wins.ci95),
         "held_out_openings": len(scores_after),

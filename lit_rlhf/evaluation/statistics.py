@@ -110,10 +110,10 @@ def proportion_ci95(rate: float, n: int) -> tuple[float, float]:
         n: Number of observations, at least 1.
     """
     z2 = Z95 * Z95
-    centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
+    center = (rate + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
     # at the ends the formula gives exactly 0 or 1, but for rounding
-    return 0.0 if rate == 0 else centre - half, 1.0 if rate == 1 else centre + half
+    return 0.0 if rate == 0 else center - half, 1.0 if rate == 1 else center + half
 
 
 def _t95(df: int) -> float:

@@ -97,7 +97,7 @@ class Setting:
 
     @property
     def keep_log_probs(self) -> bool:
-        """Whether old log-probs come from sampling: they do in float32, and then scoring does not read the actor."""
+        """Whether old log-probs come from sampling, as in float32: scoring then needs no forward pass of the actor."""
         return self.precision == "float32"
 
     def training_sizes(self) -> Sizes:
@@ -111,7 +111,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the comparison: a name, a layout restricted to what is read, an algorithm or ``sft``."""
+    """One line of the comparison: a name, a layout restricted to the roles in use, an algorithm or ``sft``."""
 
     name: str
     layout: Layout

@@ -175,7 +175,7 @@ class Simulation:
 
     @torch.no_grad()
     def scoring(self, roles: Sequence[str], sizes: Sizes) -> Peaks:
-        """Read these roles without gradients, as a rollout is scored."""
+        """Run the forward passes of these roles without gradients, as a rollout is scored."""
         live = self._live()
         with self._mode, live, _marked(self.backbone, live):
             tokens, attention_mask, mask = _batch(sizes)
@@ -184,7 +184,7 @@ class Simulation:
 
     @torch.no_grad()
     def generation(self, sizes: Sizes, per_prompt: int = 1) -> Peaks:
-        """Read the prompts, and then the last token of the responses with the cache full; sample from the logits.
+        """Run the prompts, and then the last token of the responses with the cache full; sample from the logits.
 
         Args:
             sizes: Its batch is the sequences decoded at once.
@@ -205,7 +205,7 @@ class Simulation:
     def _decode(self, sizes: Sizes) -> Counter[str]:
         live = self._live()
         with self._mode, self.backbone.use("actor") as model:
-            # The last token of a response is never read, the one before it is read here.
+            # The last token of a response needs no forward pass; the one before it is run here.
             cache = _step(model, sizes.batch, max(sizes.prompt + sizes.response - 2, 1), None).past_key_values
             with live:
                 for tensor in _cached(cache):

@@ -21,12 +21,12 @@ ALGORITHMS: dict[str, type[OnPolicyModule]] = {
 
 
 def roles_of(algorithm: str) -> tuple[str, ...]:
-    """Return the roles that an algorithm (or ``sft``) reads, the reward's aside."""
+    """Return the roles that an algorithm (or ``sft``) uses, the reward's aside."""
     return ALGORITHMS[algorithm].roles if algorithm in ALGORITHMS else ("actor",)
 
 
 def trained_roles(algorithm: str) -> list[str]:
-    """Return the roles that an algorithm's loss reads."""
+    """Return the roles that an algorithm's loss uses."""
     return [role for role in roles_of(algorithm) if role in ("actor", "critic")]
 
 

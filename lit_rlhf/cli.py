@@ -1,15 +1,11 @@
 """The ``lit-rlhf`` command line: light commands first, then LightningCLI."""
 
 import importlib
-import itertools
-import os
 import sys
-from importlib.metadata import entry_points
 
 LIGHT_COMMANDS = {
     "quickstart": "train and evaluate on a small real model, end to end",
     "generate": "sample responses from a checkpoint or an export",
-    "results": "algorithms × layouts over several seeds, in one table and one plot",
     "export": "write a PEFT adapter folder or a merged model",
     "bench": "measure seconds and bytes of a training iteration; compare layouts and algorithms",
     "memory": "predict the memory of every layout, without a GPU",
@@ -28,24 +24,6 @@ def usage() -> str:
     return "usage: lit-rlhf COMMAND [--help] ...\n\n" + "\n".join(rows)
 
 
-def config_files(args: list[str]) -> list[str]:
-    """Return the YAML files that these arguments name."""
-    files = [after for word, after in itertools.pairwise(args) if word in ("-c", "--config")]
-    return files + [word.removeprefix("--config=") for word in args if word.startswith("--config=")]
-
-
-def find_own_modules(args: list[str]) -> None:
-    """Put the working directory on the module path, and behind all else the folders of the given YAML files.
-
-    A console script has neither; a user's own modules lie there.
-    """
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    for folder in (os.path.dirname(os.path.abspath(file)) for file in config_files(args) if os.path.isfile(file)):
-        if folder not in sys.path:
-            sys.path.append(folder)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run one command.
 
@@ -60,12 +38,6 @@ def main(argv: list[str] | None = None) -> None:
     if command in LIGHT_COMMANDS:
         importlib.import_module(f"lit_rlhf.commands.{command}").main(args[1:])
     elif command in TRAINER_COMMANDS or command.startswith("-"):
-        find_own_modules(args)
-        for plugin in entry_points(group="lit_rlhf.plugins"):
-            try:
-                plugin.load()
-            except Exception as error:  # one broken package must not stop runs that do not need it
-                print(f"lit-rlhf: plugin {plugin.name} ({plugin.value}) not loaded: {error!r}", file=sys.stderr)
         importlib.import_module("lit_rlhf.commands.trainer").main(None if argv is None else args)
     else:
         print(f"lit-rlhf: no command {command!r}\n\n{usage()}", file=sys.stderr)

@@ -24,9 +24,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from lit_rlhf import LAYOUTS, Backbone, LoraArgs, Sampling, TransformersEngine
-from lit_rlhf.commands.bench import Workload
-from lit_rlhf.commands.bench_probe import decode_bytes, probe
-from lit_rlhf.commands.bench_report import make_console
+from lit_rlhf.bench import Workload
+from lit_rlhf.bench.probe import decode_bytes, probe
+from lit_rlhf.bench.report import make_console
 
 PAD, EOS = 0, 2
 BIG = {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 5504}

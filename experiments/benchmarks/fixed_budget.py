@@ -21,9 +21,9 @@ from typing import Any
 from rich.table import Table
 
 from lit_rlhf.backbone import LoraArgs
-from lit_rlhf.commands.bench import Workload
-from lit_rlhf.commands.bench_process import environment, run_child, write_shape
-from lit_rlhf.commands.bench_report import make_console, peak_bytes, show, spread
+from lit_rlhf.bench import Workload
+from lit_rlhf.bench.process import environment, run_child, write_shape
+from lit_rlhf.bench.report import make_console, peak_bytes, show, spread
 from lit_rlhf.planner import Planner, Setting, load_config, make_rows
 from lit_rlhf.planner.report import parse_bytes
 
@@ -70,7 +70,7 @@ def measure(batches: dict[str, int], workload: Workload, rounds: int) -> dict[st
     return runs
 
 
-def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """Return seconds a sample, their ratio to the first configuration's round by round, and peak bytes."""
     seconds = {name: [r["seconds_per_sample"]["total"]["median"] for r in rows] for name, rows in runs.items()}
     first = next(iter(seconds.values()))
@@ -114,7 +114,7 @@ def main() -> None:
     )
     print(batches, flush=True)
     runs = measure(batches, workload, args.rounds)
-    summary = summarise(runs)
+    summary = summarize(runs)
     table = Table(title=f"the largest batch within {args.budget}; medians (smallest-largest)")
     for head in ("configuration", "batch", "s / sample", f"ratio to {args.configurations[0]}", "peak GiB"):
         table.add_column(head)

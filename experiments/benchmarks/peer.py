@@ -23,9 +23,9 @@ from typing import Any
 
 from rich.table import Table
 
-from lit_rlhf.commands.bench import Workload
-from lit_rlhf.commands.bench_process import environment, run_child
-from lit_rlhf.commands.bench_report import make_console, show, spread
+from lit_rlhf.bench import Workload
+from lit_rlhf.bench.process import environment, run_child
+from lit_rlhf.bench.report import make_console, show, spread
 
 # Ours as algorithm:layout, and the most each may cost, as a share of TRL's seconds and of its peak memory.
 TARGETS = {"PPO:hydra": (0.75, 0.40), "PPO:j_hydra": (0.65, 0.40), "ReMax:hydra": (0.85, 0.40)}
@@ -77,7 +77,7 @@ def run_ours(name: str, workload: Workload, folder: str) -> dict[str, Any]:
     return {**row, "generation": seconds["generation"]["median"], "full": result}
 
 
-def summarise(runs: dict[str, list[dict[str, Any]]], against: str) -> dict[str, dict[str, Any]]:
+def summarize(runs: dict[str, list[dict[str, Any]]], against: str) -> dict[str, dict[str, Any]]:
     """Return medians and spreads of each configuration, and of its ratios to TRL, round by round."""
     return {
         name: {
@@ -137,7 +137,7 @@ def main() -> None:
     args = parser.parse_args()
     workload = Workload(updates=args.updates, accelerator="cpu", gradient_checkpointing=args.gradient_checkpointing)
     runs = measure(args, workload)
-    comparisons = {f"trl:{kind}": summarise(runs, f"trl:{kind}") for kind in args.value_models}
+    comparisons = {f"trl:{kind}": summarize(runs, f"trl:{kind}") for kind in args.value_models}
     for against, summary in comparisons.items():
         print_table(summary, against)
     if args.out is not None:

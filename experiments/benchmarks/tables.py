@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from peer import TARGETS
 
-from lit_rlhf.commands.bench_report import configurations, show
+from lit_rlhf.bench.report import configurations, show
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30

@@ -39,7 +39,7 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 
 def release() -> None:
-    """Collect what loading left, and return free heap pages; as lit_rlhf.callbacks.memory.HostMeter does."""
+    """Collect what loading left, and return free heap pages; as lit_rlhf.metrics.memory.HostMeter does."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)

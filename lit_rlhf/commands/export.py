@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
+from lit_rlhf.errors import OutputExistsError
+
 CARD = """---
 library_name: peft
 ---
@@ -27,8 +29,8 @@ def export(
         out: Folder to write; must not exist.
         format: ``peft`` writes an adapter that ``peft.PeftModel.from_pretrained`` loads on the base model (LoRA sets of
             several stages are summed into one, exactly; DoRA sets of several stages have no sum and need ``merged``);
-            ``merged`` writes a model for ``AutoModelForCausalLM.from_pretrained``. After training on a quantised
-            trunk, the adapter is exact on the base model quantised alike; ``merged`` adds it to the plain weights.
+            ``merged`` writes a model for ``AutoModelForCausalLM.from_pretrained``. After training on a quantized
+            trunk, the adapter is exact on the base model quantized alike; ``merged`` adds it to the plain weights.
         role: The role to write. A scalar head that the checkpoint trained is added as ``heads.safetensors``.
     """
     from safetensors.torch import save_file
@@ -38,7 +40,7 @@ def export(
 
     target = Path(out)
     if target.exists():
-        raise FileExistsError(f"{target} exists already; choose another folder, or remove it")
+        raise OutputExistsError(f"{target} exists already; choose another folder, or remove it")
     stage = StageCheckpoint.read(checkpoint)
     tokenizer = load_tokenizer(stage.spec.tokenizer or stage.spec.model)
     found = stage.role_model(role)

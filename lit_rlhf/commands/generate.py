@@ -4,7 +4,6 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from lit_rlhf.errors import ConfigError
 
@@ -70,7 +69,7 @@ def generate(
     os.replace(temporary, out)
 
 
-def _read_prompts(path: str) -> list[Any]:
+def _read_prompts(path: str) -> list[str | list[dict[str, str]]]:
     from lit_rlhf.data import Fields, parse_prompt, read_rows
 
     return [parse_prompt(row, Fields("columns")).prompt for row in read_rows(path)]

@@ -3,14 +3,13 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.backbone import StageCheckpoint, check_length, context_length, load_language_model, load_tokenizer
 from lit_rlhf.data import Prompt, TokenizeOptions, collate_prompts, tokenize_prompts
-from lit_rlhf.errors import ConfigError
+from lit_rlhf.errors import ConfigError, model_errors
 from lit_rlhf.rollout import Sampling, generate
 
 
@@ -25,8 +24,10 @@ def load_source(source: str, role: str = "actor") -> tuple[PreTrainedModel, PreT
         The language model (LoRA layers inside, not merged, where there are any) and its tokenizer.
 
     Raises:
-        FileNotFoundError: There is nothing of that name.
-        ValueError: The checkpoint has no such role, or an adapter folder does not name its base model.
+        ModelNotFoundError: There is no model of that name.
+        CheckpointError: The checkpoint cannot be read.
+        ModelFileError: The files of a model or an adapter are damaged.
+        ConfigError: The checkpoint has no such role, or an adapter folder does not name its base model.
     """
     if source.endswith(".ckpt"):
         stage = StageCheckpoint.read(source)
@@ -34,10 +35,11 @@ def load_source(source: str, role: str = "actor") -> tuple[PreTrainedModel, PreT
         found = stage.role_model(role)
         return found.for_inference(), tokenizer
     if (Path(source) / "adapter_config.json").is_file():
-        base = PeftConfig.from_pretrained(source).base_model_name_or_path
-        if not base:
-            raise ConfigError(f"{source}/adapter_config.json names no base model")
-        wrapped = PeftModel.from_pretrained(load_language_model(base), source).eval()
+        with model_errors(f"adapter {source} could not be loaded"):
+            base = PeftConfig.from_pretrained(source).base_model_name_or_path
+            if not base:
+                raise ConfigError(f"{source}/adapter_config.json names no base model")
+            wrapped = PeftModel.from_pretrained(load_language_model(base), source).eval()
         return wrapped.get_base_model(), load_tokenizer(source if has_tokenizer(source) else base)  # type: ignore[return-value]
     if Path(source).is_dir():
         source = str(Path(source).resolve())
@@ -52,7 +54,7 @@ def has_tokenizer(folder: str) -> bool:
 def complete(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Any],
+    prompts: Sequence[str | list[dict[str, str]]],
     sampling: Sampling,
     greedy: bool = False,
     batch_size: int = 16,
@@ -68,7 +70,7 @@ def complete(
         batch_size: Prompts decoded at once.
 
     Raises:
-        ValueError: A prompt and its response are longer than the model reads.
+        ConfigError: A prompt and its response are longer than the model reads.
     """
     records = [Prompt(prompt, {}, f"prompt {index + 1}") for index, prompt in enumerate(prompts)]
     examples = tokenize_prompts(records, tokenizer, TokenizeOptions(max_prompt_length=sys.maxsize))

@@ -66,7 +66,6 @@ def memory(
 
 def main(argv: list[str]) -> None:
     """Parse the arguments and run."""
-    from lit_rlhf.commands.run import run, silence_warnings
+    from lit_rlhf.commands.run import run
 
-    silence_warnings()
     run(memory, argv, "memory")

@@ -1,13 +1,11 @@
 """What the command line says of a user's error: the cause, in one line or few, instead of a listing or a traceback."""
 
 import difflib
-import dis
 import inspect
 import itertools
 import os
 import re
 from pathlib import Path
-from types import TracebackType
 
 import yaml
 
@@ -82,7 +80,7 @@ def check_files(command: str, paths: list[str]) -> None:
         paths: Files; those that are not there are left to the parser.
 
     Raises:
-        ValueError: A file is not YAML, or holds an unknown section; the file is named.
+        ConfigError: A file is not YAML, or holds an unknown section; the file is named.
     """
     from lightning.pytorch import Trainer
 
@@ -101,24 +99,3 @@ def check_files(command: str, paths: list[str]) -> None:
             raise ConfigError(f"{path}: expected settings by name, found {type(content).__name__}")
         if unknown := [str(key) for key in content if str(key).split(".")[0].rstrip("+") not in known]:
             raise ConfigError(f"{path}: there is no section {unknown[0]!r}; sections are {', '.join(sorted(known))}")
-
-
-def is_for_the_user(error: BaseException) -> bool:
-    """Say whether a ``raise`` statement of ours or of Lightning's made this error, as opposed to a bug.
-
-    Such messages say what to change. A ``ValueError`` that Python or torch raises under our code does not.
-    """
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-    trace: TracebackType | None = error.__traceback__
-    if trace is None:
-        return False
-    while trace.tb_next:
-        trace = trace.tb_next
-    frame = trace.tb_frame
-    module = str(frame.f_globals.get("__name__", ""))
-    kinds: tuple[type[Exception], ...] = (OSError, ImportError) if module.startswith("lit_rlhf") else (RuntimeError,)
-    if not module.startswith(("lit_rlhf", "lightning.")):
-        return False
-    raised = dis.opname[frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
-    return raised and isinstance(error, (ValueError, MisconfigurationException, *kinds))

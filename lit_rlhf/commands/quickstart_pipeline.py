@@ -19,7 +19,7 @@ from lit_rlhf.checkpoints.files import load_file
 from lit_rlhf.commands import quickstart_report as report
 from lit_rlhf.commands.export import export
 from lit_rlhf.data import PreferenceData, PromptData
-from lit_rlhf.errors import ConfigError
+from lit_rlhf.errors import ConfigError, OutputExistsError
 from lit_rlhf.rollout import AdaptiveKL, Sampling, generate
 
 DATA = ASSETS / "quickstart"
@@ -74,7 +74,7 @@ class Plan:
         """Return what each of several processes does, so that together they take this plan's batches.
 
         Raises:
-            ValueError: The batches cannot be divided among them.
+            ConfigError: The batches cannot be divided among them.
         """
         sizes = {name: getattr(self, name) for name in ("sft_batch", "rollout_size", "minibatch_size")}
         if devices < 1 or any(size % devices for size in sizes.values()):
@@ -129,7 +129,7 @@ def run_pipeline(out: str, seed: int, tiny: bool, devices: int = 1, strategy: st
     share = plan.on_each_of(devices)
     options = {"devices": devices, "strategy": strategy if devices > 1 else "auto"}
     if first and (folder / "report.json").exists():
-        raise FileExistsError(f"{folder} holds an earlier report.json; choose another --out")
+        raise OutputExistsError(f"{folder} holds an earlier report.json; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     report.quiet()
     report.CONSOLE.quiet = not first

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import resource
+import statistics
 import sys
 import time
 import warnings
@@ -17,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from lit_rlhf.callbacks import IterationProgress
-from lit_rlhf.commands.run import silence_warnings
 from lit_rlhf.errors import MissingPackageError
 from lit_rlhf.evaluation import win_rate
+from lit_rlhf.warning_filters import silence_warnings
 
 CONSOLE = Console(soft_wrap=True)
 SHOWN = 10
@@ -36,7 +37,7 @@ class GoldScorer:
     """vaderSentiment's compound score of a response, -1 to 1.
 
     Raises:
-        ImportError: The ``demo`` extra is not installed.
+        MissingPackageError: The ``demo`` extra is not installed.
     """
 
     def __init__(self) -> None:
@@ -97,12 +98,12 @@ def quiet() -> None:
 class LineProgress(Callback):
     """One line every few steps, for output that is not a terminal."""
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
         """Print the supervised stage's loss."""
         if not hasattr(pl_module, "rollout_buffer") and trainer.global_step % 25 == 0:
             CONSOLE.print(f"    step {trainer.global_step}: loss {float(trainer.callback_metrics['train/loss']):.3f}")
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print an iteration's key numbers."""
         if hasattr(pl_module, "rollout_buffer"):
             shown = {k: float(v) for k, v in trainer.callback_metrics.items()}
@@ -123,8 +124,8 @@ def compare(gold: GoldScorer, before: Responses, after: Responses) -> dict[str, 
     scores_before, scores_after = gold(before.responses), gold(after.responses)
     wins = win_rate(scores_after, scores_before)
     return {
-        "gold_before": sum(scores_before) / len(scores_before),
-        "gold_after": sum(scores_after) / len(scores_after),
+        "gold_before": statistics.fmean(scores_before),
+        "gold_after": statistics.fmean(scores_after),
         "win_rate": wins.rate,
         "win_rate_ci95": list(wins.ci95),
         "held_out_openings": len(scores_after),
@@ -216,7 +217,7 @@ def plot_curves(rows: Sequence[dict[str, float]], kl_target: float, path: Path) 
     os.replace(partial, path)
 
 
-def write_json(content: Any, path: Path) -> None:
+def write_json(content: object, path: Path) -> None:
     """Write JSON under a temporary name, then rename."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -2,32 +2,12 @@
 
 import inspect
 import itertools
-import logging
 import sys
-import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-
-def silence_warnings() -> None:
-    """Hide warnings about things that are so on purpose, or that only a library's next version can mend."""
-    for message in (
-        ".*does not have many workers.*",  # the tokenised data are in memory
-        ".*module\\(s\\) in eval mode.*",  # the backbone stays in eval mode for good
-        ".*treespec.*",
-        ".*is_gradient_checkpointing.*",
-        ".*args parameter is intended.*",
-        ".*Checkpoint directory .* exists and is not empty.*",  # a run's last.ckpt is replaced when the next is whole
-        ".*Could not find a config file in.*",  # of a base model that is no folder
-        r".*recommended to use `self.log\('(rollout|train|time|val)/.*sync_dist=True.*",  # these are means already
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer"):
-        logging.getLogger(name).addFilter(_is_no_advertisement)
-
-
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "Tip: For seamless" not in record.getMessage()
+from lit_rlhf.errors import LitRLHFError, message_suffices
+from lit_rlhf.warning_filters import silence_warnings
 
 
 def spell_out_flags(function: Callable[..., Any], argv: list[str]) -> list[str]:
@@ -59,6 +39,8 @@ def run(function: Callable[..., Any], argv: list[str], name: str) -> None:
     arguments = parser.parse_args(spell_out_flags(function, argv))
     try:
         function(**arguments.as_dict())
-    except (OSError, ValueError, ImportError) as error:
+    except (LitRLHFError, OSError) as error:
+        if not message_suffices(error):
+            raise
         print(f"lit-rlhf {name}: {error}", file=sys.stderr)
         raise SystemExit(1) from error

@@ -4,26 +4,40 @@ import logging
 import os
 import shlex
 import sys
+import traceback
 from typing import Any, NoReturn
 
 import lightning as L
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import lit_rlhf.algorithms
 import lit_rlhf.data
 import lit_rlhf.rollout  # noqa: F401  (short class names work for imported classes)
 from lit_rlhf.algorithms import BackboneModule
 from lit_rlhf.callbacks import IterationProgress, PredictionWriter
-from lit_rlhf.cli import config_files
-from lit_rlhf.commands.messages import check_files, is_for_the_user, parser_message
-from lit_rlhf.commands.run import silence_warnings
-from lit_rlhf.errors import LitRLHFError
+from lit_rlhf.commands.messages import check_files, parser_message
+from lit_rlhf.commands.own_modules import config_files, find_own_modules, load_plugins
+from lit_rlhf.errors import ConfigError, LitRLHFError
 from lit_rlhf.strategies import refuse_strategy
+from lit_rlhf.warning_filters import silence_warnings
 
+# Modules of Lightning that refuse settings by a plain ValueError or RuntimeError once the run has begun.
+REFUSING_MODULES = tuple(
+    f"lightning.pytorch.{name}"
+    for name in (
+        "callbacks.early_stopping",  # what it monitors is not logged
+        "callbacks.gradient_accumulation_scheduler",
+        "loops.fit_loop",  # val_check_interval
+        "plugins.precision.amp",  # clipping with a fused optimizer
+        "strategies.launchers.subprocess_script",  # LOCAL_RANK
+        "trainer.connectors.callback_connector",  # two callbacks of a kind
+        "trainer.connectors.checkpoint_connector",  # ckpt_path: best
+    )
+)
 TRAINER_DEFAULTS: dict[str, Any] = {
     "logger": {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
@@ -73,6 +87,14 @@ def cause_outside_the_parser(error: BaseException | None) -> BaseException | Non
     return None
 
 
+def is_for_the_user(error: Exception) -> bool:
+    """Say whether a user can mend an error: one of ours, or Lightning's about settings; the rest are bugs."""
+    if isinstance(error, LitRLHFError | MisconfigurationException):
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return type(error) in (ValueError, RuntimeError) and frame.f_globals.get("__name__") in REFUSING_MODULES
+
+
 class CLI(LightningCLI):
     """LightningCLI for on-policy training."""
 
@@ -117,7 +139,7 @@ class CLI(LightningCLI):
         """Build the trainer, with the callbacks every run needs unless the user names their like."""
         trainer = super().instantiate_trainer(**kwargs)
         config = self._get(self.config_init, "trainer", default={})
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         given = config.get("callbacks") or []
         named = [
             str(c.get("class_path", "")) if hasattr(c, "get") else type(c).__name__
@@ -157,7 +179,7 @@ def main(args: list[str] | None) -> None:
             say(f"resume with\n  {resume_command(sys.argv[1:] if args is None else args, checkpoint)}")
         raise
     except Exception as error:
-        if os.environ.get("JSONARGPARSE_DEBUG") or not (isinstance(error, LitRLHFError) or is_for_the_user(error)):
+        if os.environ.get("JSONARGPARSE_DEBUG") or not is_for_the_user(error):
             raise
         rank = getattr(rank_zero_only, "rank", 0)  # the others say it too, for an error may be only theirs
         print(f"lit-rlhf: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
@@ -167,10 +189,12 @@ def main(args: list[str] | None) -> None:
 def run_cli(args: list[str] | None) -> None:
     """Parse the arguments and run the subcommand."""
     words = sys.argv[1:] if args is None else args
+    find_own_modules(words)
+    load_plugins()
     if words[0] in LightningCLI.subcommands():
         try:
             check_files(words[0], config_files(words))
-        except ValueError as error:
+        except ConfigError as error:
             print(f"lit-rlhf: {error}", file=sys.stderr)
             raise SystemExit(2) from error
     silence_warnings()

@@ -1,4 +1,4 @@
-"""Metrics that add up over batches and ranks (torchmetrics)."""
+"""Metrics that add up over batches and ranks (torchmetrics); meters of memory."""
 
 from lit_rlhf.metrics.language import TokenPerplexity
 from lit_rlhf.metrics.preference import PairwiseAccuracy, RewardMargin

@@ -8,11 +8,10 @@ from lit_rlhf.planner.plan import (
     Prediction,
     Row,
     Setting,
-    count_parameters,
     make_rows,
 )
 from lit_rlhf.planner.shapes import SHAPES, kv_cache_bytes, load_config
-from lit_rlhf.planner.simulation import Simulation, Sizes
+from lit_rlhf.planner.simulation import Simulation, Sizes, count_parameters
 
 __all__ = [
     "KINDS",

@@ -2,11 +2,12 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -83,7 +84,9 @@ class LiveBytes(TorchDispatchMode):
         self._bytes[kind] -= size
         self._sum -= size
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         """Run the operation and count what it returns."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
@@ -98,9 +101,11 @@ class WorstCaseLive(LiveBytes):
     Products shaped as one of ``gradient_shapes`` (shape and dtype) are gradients that an algorithm scales.
     """
 
-    gradient_shapes: frozenset | set = frozenset()
+    gradient_shapes: Collection[tuple[torch.Size, torch.dtype]] = frozenset()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         """Replace boolean indices by indices of their whole size, then run and count."""
         if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default):
             args = (args[0], _whole(args[1]), *args[2:])

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lit_rlhf.backbone import (
     LAYOUTS,
-    Backbone,
     DType,
     Layout,
     LoraArgs,
@@ -19,9 +18,9 @@ from lit_rlhf.backbone import (
     find_layout,
     supervised_layout,
 )
-from lit_rlhf.errors import ConfigError
+from lit_rlhf.errors import ConfigError, model_errors
 from lit_rlhf.planner.shapes import depth, kv_cache_bytes, with_depth
-from lit_rlhf.planner.simulation import Peaks, Simulation, Sizes, decoder_layers
+from lit_rlhf.planner.simulation import Peaks, Simulation, Sizes, count_parameters
 from lit_rlhf.planner.steps import default_samples, roles_of, trained_roles
 
 Algorithm = Literal["ppo", "reinforce", "remax", "rloo", "grpo", "reinforce_plus_plus"]
@@ -98,7 +97,7 @@ class Setting:
 
     @property
     def keep_log_probs(self) -> bool:
-        """Whether old log-probs come from sampling: they do in float32, and then scoring does not read the actor."""
+        """Whether old log-probs come from sampling, as in float32: scoring then needs no forward pass of the actor."""
         return self.precision == "float32"
 
     def training_sizes(self) -> Sizes:
@@ -112,7 +111,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the comparison: a name, a layout restricted to what is read, an algorithm or ``sft``."""
+    """One line of the comparison: a name, a layout restricted to the roles in use, an algorithm or ``sft``."""
 
     name: str
     layout: Layout
@@ -156,7 +155,7 @@ def make_rows(layouts: Sequence[str], setting: Setting) -> list[Row]:
         setting: Gives the algorithm and where rewards come from.
 
     Raises:
-        ValueError: There is no such layout.
+        ConfigError: There is no such layout.
     """
     roles = [*roles_of(setting.algorithm), *([] if setting.reward_function else ["reward"])]
     names: list[str] = []
@@ -180,8 +179,9 @@ class Planner:
         setting: What is planned.
 
     Raises:
-        ValueError: Prompt and response together are longer than the model reads; when predicting, the model makes
+        ConfigError: Prompt and response together are longer than the model reads; when predicting, the model makes
             sizes depend on values.
+        ModelFileError: transformers cannot build a causal language model of this config.
     """
 
     def __init__(self, config: PretrainedConfig, setting: Setting) -> None:
@@ -353,38 +353,9 @@ def passes_of(layout: Layout, roles: Sequence[str]) -> Hashable:
     )
 
 
-def count_parameters(backbone: Backbone) -> Counter[str]:
-    """Bytes of a backbone's parameters and buffers, tied ones once.
-
-    Returns:
-        ``trunks``; ``adapters`` (LoRA sets and scalar heads); ``trained`` (part of both); ``largest_trained`` (one
-        parameter); ``unit`` (the largest decoder layer, LoRA sets included) and ``outside`` (what is in no decoder
-        layer), and of these two the trained part: ``trained_unit``, ``trained_outside``.
-    """
-    trained = set(backbone.trainable_names)
-    counts: Counter[str] = Counter()
-    layers = {id(p): layer for name in backbone.trunks for layer in decoder_layers(backbone, name)
-              for p in layer.parameters()}  # fmt: skip
-    units: dict[int, Counter[str]] = {}
-    for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]:
-        size = tensor.numel() * tensor.element_size()
-        own = size if name in trained else 0
-        is_trunk = not name.startswith("heads.") and ".lora_" not in name
-        counts["trunks" if is_trunk else "adapters"] += size
-        counts["trained"] += own
-        counts["largest_trained"] = max(counts["largest_trained"], own)
-        layer = layers.get(id(tensor))
-        where = counts if layer is None else units.setdefault(id(layer), Counter())
-        where["outside" if layer is None else "unit"] += size
-        where["trained_outside" if layer is None else "trained_unit"] += own
-    for unit in units.values():
-        counts |= unit
-    return counts
-
-
 def _count_parameters(config: PretrainedConfig) -> int:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
+    with torch.device("meta"), model_errors(f"a model of this {type(config).__name__} cannot be built"):
+        return int(AutoModelForCausalLM.from_config(config).num_parameters())
 
 
 def _sum(first: Counter[str], second: Counter[str]) -> Counter[str]:

@@ -23,7 +23,7 @@ def parse_bytes(text: str) -> int:
     """Read a size such as ``24GiB``, ``80GB`` or ``512MiB``; ``24G`` is binary, as in nvidia-smi.
 
     Raises:
-        ValueError: It is not a positive size.
+        ConfigError: It is not a positive size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b?)\s*", text, re.IGNORECASE)
     if match is None or not float(match[1]):

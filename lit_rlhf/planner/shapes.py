@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, LlamaConfig, OPTConfig, PretrainedConfig
 
 from lit_rlhf.backbone import DType, read_config
-from lit_rlhf.errors import ModelFileError
+from lit_rlhf.errors import ModelFileError, ModelNotFoundError
 
 _KEYS = {
     LlamaConfig: ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -67,18 +67,18 @@ def load_config(model: str) -> PretrainedConfig:
         model: A name of :data:`SHAPES` (needs no network), or see :func:`lit_rlhf.backbone.resolve_source`.
 
     Raises:
-        FileNotFoundError: A local form names something that is not there.
-        ImportError: The model is a GGUF file and the ``gguf`` package is missing.
-        OSError: The config could not be read or fetched.
+        ModelNotFoundError: A local form names something that is not there.
+        MissingPackageError: The model is a GGUF file and the ``gguf`` package is missing.
+        ModelFileError: The config could not be read or fetched.
     """
     if model in SHAPES:
         kind, settings = SHAPES[model]
         return kind(**settings)
     try:
         return read_config(model)
-    except FileNotFoundError:
+    except ModelNotFoundError:
         raise
-    except OSError as error:
+    except ModelFileError as error:
         raise ModelFileError(f"{error}. Built-in shapes: {', '.join(SHAPES)}") from error
 
 

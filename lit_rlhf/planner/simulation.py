@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lit_rlhf.backbone import Backbone, DType, Layout, LoraArgs, vocabulary
 from lit_rlhf.backbone.stages import LoraSet
@@ -45,7 +48,9 @@ class Sizes:
 class _WithoutData(TorchDispatchMode):
     """Builds on the meta device whatever device is asked for, and answers every question about values with yes."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.ops.aten._local_scalar_dense.default:
             return True
@@ -73,6 +78,35 @@ def build_without_weights(
 def decoder_layers(backbone: Backbone, trunk: str) -> list[nn.Module]:
     """Return the layers of a trunk that gradient checkpointing and sharding take one at a time."""
     return [m for m in backbone.language_model(trunk).modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def count_parameters(backbone: Backbone) -> Counter[str]:
+    """Bytes of a backbone's parameters and buffers, tied ones once.
+
+    Returns:
+        ``trunks``; ``adapters`` (LoRA sets and scalar heads); ``trained`` (part of both); ``largest_trained`` (one
+        parameter); ``unit`` (the largest decoder layer, LoRA sets included) and ``outside`` (what is in no decoder
+        layer), and of these two the trained part: ``trained_unit``, ``trained_outside``.
+    """
+    trained = set(backbone.trainable_names)
+    counts: Counter[str] = Counter()
+    layers = {id(p): layer for name in backbone.trunks for layer in decoder_layers(backbone, name)
+              for p in layer.parameters()}  # fmt: skip
+    units: dict[int, Counter[str]] = {}
+    for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]:
+        size = tensor.numel() * tensor.element_size()
+        own = size if name in trained else 0
+        is_trunk = not name.startswith("heads.") and ".lora_" not in name
+        counts["trunks" if is_trunk else "adapters"] += size
+        counts["trained"] += own
+        counts["largest_trained"] = max(counts["largest_trained"], own)
+        layer = layers.get(id(tensor))
+        where = counts if layer is None else units.setdefault(id(layer), Counter())
+        where["outside" if layer is None else "unit"] += size
+        where["trained_outside" if layer is None else "trained_unit"] += own
+    for unit in units.values():
+        counts |= unit
+    return counts
 
 
 class Simulation:
@@ -141,7 +175,7 @@ class Simulation:
 
     @torch.no_grad()
     def scoring(self, roles: Sequence[str], sizes: Sizes) -> Peaks:
-        """Read these roles without gradients, as a rollout is scored."""
+        """Run the forward passes of these roles without gradients, as a rollout is scored."""
         live = self._live()
         with self._mode, live, _marked(self.backbone, live):
             tokens, attention_mask, mask = _batch(sizes)
@@ -150,7 +184,7 @@ class Simulation:
 
     @torch.no_grad()
     def generation(self, sizes: Sizes, per_prompt: int = 1) -> Peaks:
-        """Read the prompts, and then the last token of the responses with the cache full; sample from the logits.
+        """Run the prompts, and then the last token of the responses with the cache full; sample from the logits.
 
         Args:
             sizes: Its batch is the sequences decoded at once.
@@ -171,7 +205,7 @@ class Simulation:
     def _decode(self, sizes: Sizes) -> Counter[str]:
         live = self._live()
         with self._mode, self.backbone.use("actor") as model:
-            # The last token of a response is never read, the one before it is read here.
+            # The last token of a response needs no forward pass; the one before it is run here.
             cache = _step(model, sizes.batch, max(sizes.prompt + sizes.response - 2, 1), None).past_key_values
             with live:
                 for tensor in _cached(cache):
@@ -206,7 +240,7 @@ def _batch(sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _step(model: Any, batch: int, tokens: int, cache: Any) -> Any:
+def _step(model: PreTrainedModel, batch: int, tokens: int, cache: Cache | None) -> CausalLMOutputWithPast:
     """Run the language model as ``generate`` does: logits of the last position only."""
     seen = 0 if cache is None else cache.get_seq_length()
     attention_mask = torch.ones(batch, seen + tokens, dtype=torch.long)
@@ -219,8 +253,9 @@ def _step(model: Any, batch: int, tokens: int, cache: Any) -> Any:
     return model(attention_mask=attention_mask, use_cache=True, **inputs)
 
 
-def _sample(output: Any) -> None:
+def _sample(output: CausalLMOutputWithPast) -> None:
     """What one sampling step keeps: float32 logits, their softmax; both again without the EOS; the draw."""
+    assert output.logits is not None
     logits = output.logits[:, -1].float()
     policy = logits.softmax(dim=-1)
     allowed = logits.clone()
@@ -228,7 +263,7 @@ def _sample(output: Any) -> None:
     del policy
 
 
-def _cached(cache: Any) -> Iterator[Tensor]:
+def _cached(cache: Cache | None) -> Iterator[Tensor]:
     for layer in getattr(cache, "layers", []):
         yield from (t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None)
 
@@ -255,7 +290,7 @@ class _Marks:
     def before(self, index: int, place: str) -> Callable[..., None]:
         """Return the hook that runs before a layer."""
 
-        def hook(module: nn.Module, args: Any) -> None:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if _in_backward():  # recomputation
                 return
             self._passes += index == 0
@@ -268,7 +303,7 @@ class _Marks:
     def after(self, place: str) -> Callable[..., None]:
         """Return the hook that runs after a layer."""
 
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
             if _in_backward():
                 return
             hidden = output[0] if isinstance(output, tuple) else output

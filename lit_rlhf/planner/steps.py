@@ -21,12 +21,12 @@ ALGORITHMS: dict[str, type[OnPolicyModule]] = {
 
 
 def roles_of(algorithm: str) -> tuple[str, ...]:
-    """Return the roles that an algorithm (or ``sft``) reads, the reward's aside."""
+    """Return the roles that an algorithm (or ``sft``) uses, the reward's aside."""
     return ALGORITHMS[algorithm].roles if algorithm in ALGORITHMS else ("actor",)
 
 
 def trained_roles(algorithm: str) -> list[str]:
-    """Return the roles that an algorithm's loss reads."""
+    """Return the roles that an algorithm's loss uses."""
     return [role for role in roles_of(algorithm) if role in ("actor", "critic")]
 
 
@@ -36,18 +36,19 @@ def default_samples(algorithm: str) -> int:
     return 1 if parameter is None else int(parameter.default)
 
 
-def make_module(algorithm: str, backbone: Backbone) -> Any:
+def make_module(algorithm: str, backbone: Backbone) -> OnPolicyModule | SFT:
     """Return the algorithm's module (or SFT's) on a backbone that is built already; no trainer, nothing logged.
 
     Call it outside a fake-tensor mode: its metrics keep tensors of their own.
     """
-    module: Any = ALGORITHMS.get(algorithm, SFT)(model="", optimizer=torch.optim.AdamW)
+    kind: type[OnPolicyModule | SFT] = ALGORITHMS.get(algorithm, SFT)
+    module = kind(model="", optimizer=torch.optim.AdamW)
     module.backbone = backbone
-    module.log_all = lambda *_, **__: None
+    module.log_all = lambda *_, **__: None  # type: ignore[method-assign]
     return module
 
 
-def minibatch_loss(module: Any, tokens: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
+def minibatch_loss(module: OnPolicyModule | SFT, tokens: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
     """Return the loss of a minibatch whose every other field is zero.
 
     Args:

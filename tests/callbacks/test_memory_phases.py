@@ -11,7 +11,8 @@ from helpers import make_ppo, make_trainer
 
 from lit_rlhf import FunctionReward, PromptData
 from lit_rlhf.callbacks import MemoryPhases, memory
-from lit_rlhf.callbacks.memory import HostMeter, advice, bytes_by_kind, explain, fragmentation, merge_peaks
+from lit_rlhf.callbacks.memory import advice, explain
+from lit_rlhf.metrics.memory import HostMeter, bytes_by_kind, fragmentation, merge_peaks
 
 GIB = 2**30
 

@@ -113,6 +113,21 @@ def with_tokenizer(**changed: Any) -> Callable[[Path], None]:
     return make
 
 
+def adapter(**config: Any) -> Callable[[Path], None]:
+    """A PEFT folder without weights."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
+
+    return make
+
+
+def torn_adapter(folder: Path) -> None:
+    adapter(base_model_name_or_path="random:tiny", target_modules=["q_proj"])(folder)
+    (folder / "adapter_model.safetensors").write_bytes(b"torn")
+
+
 def text_of(name: str, content: str | bytes) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         model_folder()(folder)
@@ -230,6 +245,18 @@ VALUES = [
         "monitor that is not logged",
         "--trainer.callbacks=ModelCheckpoint --trainer.callbacks.monitor=val/scoore",
         "val/scoore",
+        loads=True,
+    ),
+    value(
+        "early stopping on what is not logged",
+        "--trainer.callbacks=EarlyStopping --trainer.callbacks.monitor=val/scoore",
+        "val/scoore` which is not available",
+        loads=True,
+    ),
+    value(
+        "validation less often than an iteration",
+        "--trainer.val_check_interval=999",
+        "`val_check_interval` (999) must be less",
         loads=True,
     ),
     value(
@@ -499,6 +526,19 @@ COMMANDS = [
         files={"pickle.ckpt": pickle.dumps([1])},
     ),
     command("generate from no folder", "generate ./none --prompt+ x", "./none"),
+    command(
+        "generate from a torn adapter",
+        "generate ./a --prompt+ x",
+        "adapter ./a could not be loaded",
+        files={"a": torn_adapter},
+        loads=True,
+    ),
+    command(
+        "generate from an adapter of nothing",
+        "generate ./a --prompt+ x",
+        "adapter_config.json names no base model",
+        files={"a": adapter()},
+    ),
     command("generate an unknown role", "generate {hydra} --role critic --prompt+ x", "holds the roles"),
     command("generate from missing prompts", "generate random:tiny --prompts none.jsonl", "none.jsonl"),
     command(
@@ -536,6 +576,12 @@ COMMANDS = [
     ),
     command("memory of nothing", "memory", "give --model NAME"),
     command("memory of an unknown model", "memory --model llama-8t", "llama-8t"),
+    command(
+        "memory of no decoder",
+        "memory --model random:m",
+        "T5Config cannot be built",
+        files={"m": model_folder(model_type="t5")},
+    ),
     command("memory of an unknown layout", "memory --model gpt2 --layout hydro", "layout must be one of"),
     command("memory of an unknown algorithm", "memory --model gpt2 --algorithm pppo", "algorithm", status=2),
     command("memory of no batch", "memory --model gpt2 --batch_size 0", "batch_size must be"),
@@ -550,13 +596,15 @@ COMMANDS = [
         "bench --model random:tiny --algorithm PPPO",
         "'PPPO' is no on-policy algorithm",
     ),
+    command(
+        "bench of a missing module",
+        "bench --model random:tiny --algorithm no_such_module.Best",
+        "algorithm 'no_such_module.Best': no module named 'no_such_module'",
+    ),
     command("bench of nothing", "bench --model random:tiny --updates 0", "updates must be at least 1"),
     command("bench of an unknown model", "bench --model ./none", "./none"),
     command("bench beyond the context", "bench --model random:tiny --response_length 600", "512 tokens"),
     command("bench compare without rounds", "bench compare --rounds 0", "rounds must be at least 1"),
-    command("results of an unknown algorithm", "results --algorithms+ PPPO", "'PPPO' is not one of"),
-    command("results of an unknown layout", "results --layouts+ hydro", "'hydro' is not one of"),
-    command("results of one seed", "results --seeds 1", "seeds >= 2"),
     command(
         "quickstart into an earlier one",
         "quickstart --out there",

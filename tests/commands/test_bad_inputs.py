@@ -158,6 +158,25 @@ def test_an_error_that_is_nobodys_message_keeps_its_traceback(folder: Path, monk
         main(["fit", "-c", "ppo.yaml"])
 
 
+def test_a_bug_in_a_light_command_keeps_its_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lit_rlhf.commands import inference
+
+    def broken(*args: Any, **kwargs: Any) -> list[str]:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(inference, "complete", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        main(["generate", "random:tiny", "--prompt+", "x"])
+
+
+def test_a_file_that_cannot_be_written_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "random:tiny", "--prompt+", "x", "--max_new_tokens", "1", "--out", "file/out.jsonl"])
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("lit-rlhf generate: [Errno")
+
+
 def test_what_is_asked_for_by_name_shows_the_whole_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
     with pytest.raises(ValueError, match="bf16-true would cast"):

@@ -2,22 +2,25 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.hooks import RemovableHandle
 
 from lit_rlhf.backbone import Backbone
-from lit_rlhf.commands.bench import Workload
+from lit_rlhf.bench import Workload
 from lit_rlhf.planner.shapes import kv_cache_bytes
 
 aten = torch.ops.aten
 
 
 # Operations that torch's own registry leaves out: arguments to FLOPs.
-OWN_FORMULAS: dict[Any, Callable[..., int]] = {
+OWN_FORMULAS: dict[OpOverloadPacket, Callable[..., int]] = {
     aten.addmm_: lambda bias, a, b, **_: 2 * a.shape[0] * a.shape[1] * b.shape[1],
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
         q.shape, k.shape, v.shape
@@ -38,7 +41,7 @@ class WorkCounter(TorchDispatchMode):
         self.counts: dict[str, dict[str, float]] = defaultdict(
             lambda: {"calls": 0, "passes": 0, "tokens": 0, "flops": 0}
         )
-        self._hooks: list[Any] = []
+        self._hooks: list[RemovableHandle] = []
 
     def start(self, backbone: Backbone) -> None:
         """Begin to count."""
@@ -55,14 +58,16 @@ class WorkCounter(TorchDispatchMode):
             for hook in self._hooks:
                 hook.remove()
 
-    def _on_pass(self, module: Any, args: Any, kwargs: Any) -> None:
+    def _on_pass(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         tokens = next(x for x in (*args, *map(kwargs.get, ("input_ids", "inputs_embeds"))) if x is not None)
         rows, length = tokens.shape[:2]
         self.counts[self.phase]["calls"] += 1
         self.counts[self.phase]["passes"] += rows
         self.counts[self.phase]["tokens"] += rows * length
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         """Run the operation and add its FLOPs."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)

@@ -11,8 +11,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lit_rlhf.commands.bench import Workload
-from lit_rlhf.errors import ConfigError
+from lit_rlhf.bench import Workload
+from lit_rlhf.errors import BenchmarkError, ConfigError
 
 MARK = "LIT_RLHF_BENCH "
 
@@ -21,7 +21,7 @@ def measure_one(layout: str, algorithm: str, workload: Workload) -> dict[str, An
     """Write the stages that layouts start from, then measure one configuration.
 
     Raises:
-        OSError: The run failed; its own message is in the text.
+        BenchmarkError: The run failed; its own message is in the text.
     """
     return measure_alternating([(layout, algorithm)], workload, rounds=1)[0]
 
@@ -35,7 +35,7 @@ def measure_alternating(
         One result a run, in the order they ran, each with its ``round``.
 
     Raises:
-        OSError: A run failed; its own message is in the text.
+        BenchmarkError: A run failed; its own message is in the text.
     """
     results = []
     with tempfile.TemporaryDirectory(prefix="lit_rlhf_bench_") as folder:
@@ -56,7 +56,7 @@ def write_shape(name: str, folder: Path) -> str:
     """Write a shape's config and the tiny tokenizer; return the model name that builds it with random weights.
 
     Raises:
-        ValueError: There is no such shape.
+        ConfigError: There is no such shape.
     """
     from lit_rlhf.backbone import load_tokenizer
     from lit_rlhf.planner import SHAPES, load_config
@@ -70,12 +70,12 @@ def write_shape(name: str, folder: Path) -> str:
 
 
 def run_child(task: dict[str, Any]) -> dict[str, Any]:
-    """Run one task of :mod:`lit_rlhf.commands.bench_run` in a process of its own and return its result.
+    """Run one task of :mod:`lit_rlhf.bench.run` in a process of its own and return its result.
 
     Raises:
-        OSError: It failed.
+        BenchmarkError: It failed.
     """
-    command = [sys.executable, "-m", "lit_rlhf.commands.bench_run", json.dumps(task)]
+    command = [sys.executable, "-m", "lit_rlhf.bench.run", json.dumps(task)]
     # A console script has no working directory on its path; own layouts and algorithms lie there.
     paths = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
     child = subprocess.run(
@@ -85,14 +85,14 @@ def run_child(task: dict[str, Any]) -> dict[str, Any]:
     if child.returncode == 0 and answers:
         result: dict[str, Any] = json.loads(answers[-1])
         if "error" in result:
-            raise ChildProcessError(result["error"])
+            raise BenchmarkError(result["error"])
         return result
     what = f"{task.get('algorithm', 'stages')} on {task.get('layout', task.get('write_stages'))}"
     if child.returncode < 0:
         hint = ", probably because memory ran out" if child.returncode == -9 else ""
-        raise ChildProcessError(f"{what}: the process was ended by signal {-child.returncode}{hint}")
+        raise BenchmarkError(f"{what}: the process was ended by signal {-child.returncode}{hint}")
     tail = "\n".join(child.stderr.strip().splitlines()[-15:])
-    raise ChildProcessError(f"{what} failed with exit code {child.returncode}:\n{tail}")
+    raise BenchmarkError(f"{what} failed with exit code {child.returncode}:\n{tail}")
 
 
 def environment() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The embedded task of ``lit-rlhf results``: short reviews whose mood hangs on a few words.
+"""The task of the results study: short reviews whose mood hangs on a few words.
 
 A tiny model trained from random weights learns it in seconds, reward models included, so that what differs between the
 cells of the table is the algorithm and the layout. Preferences are drawn by a Bradley-Terry model of the gold score;

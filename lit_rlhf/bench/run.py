@@ -15,26 +15,27 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch.optim.optimizer import ParamsT
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf import algorithms
 from lit_rlhf.algorithms import HydraSFT, OnPolicyModule, RewardModel
 from lit_rlhf.backbone import LoraArgs, check_length, context_length, find_layout, read_config
-from lit_rlhf.callbacks import PhaseListener
-from lit_rlhf.callbacks.memory import CudaMeter, HostMeter, Meter, bytes_by_kind, merge_peaks
-from lit_rlhf.commands.bench import Workload
-from lit_rlhf.commands.bench_probe import WorkCounter, decode_bytes, probe, roofline
-from lit_rlhf.commands.bench_process import MARK
-from lit_rlhf.commands.run import silence_warnings
-from lit_rlhf.errors import ConfigError
-from lit_rlhf.rollout import Sampling
+from lit_rlhf.bench import Workload
+from lit_rlhf.bench.probe import WorkCounter, decode_bytes, probe, roofline
+from lit_rlhf.bench.process import MARK
+from lit_rlhf.errors import ConfigError, LitRLHFError, message_suffices
+from lit_rlhf.metrics.memory import CudaMeter, HostMeter, Meter, bytes_by_kind, merge_peaks
+from lit_rlhf.rollout import RolloutBuffer, Sampling
+from lit_rlhf.rollout.phases import PhaseListener
+from lit_rlhf.warning_filters import silence_warnings
 
 PHASES = ("generation", "scoring", "training")
 PACKAGES = ("lit-rlhf", "torch", "lightning", "transformers", "peft")
 REWARD, HYDRA = "reward.ckpt", "hydra_sft.ckpt"
 
 
-def adamw(parameters: Any) -> torch.optim.Optimizer:
+def adamw(parameters: ParamsT) -> torch.optim.Optimizer:
     """Return the optimizer of every measurement."""
     return torch.optim.AdamW(parameters, lr=1e-6)
 
@@ -91,22 +92,29 @@ class RandomPrompts(L.LightningDataModule):
         mask = torch.ones_like(tokens, dtype=torch.bool)
         return {"tokens": tokens, "attention_mask": mask, "prompts": [self.texts[i] for i in indices], "columns": {}}
 
-    def train_dataloader(self) -> Any:
+    def train_dataloader(self) -> RolloutBuffer:
         """Return the rollout buffer."""
         assert self.trainer is not None
-        return self.trainer.lightning_module.rollout_buffer
+        module = self.trainer.lightning_module
+        assert isinstance(module, OnPolicyModule)
+        return module.rollout_buffer
 
 
 def find_algorithm(name: str) -> type[OnPolicyModule]:
     """Return an on-policy algorithm by its name, or by its import path.
 
     Raises:
-        ValueError: There is none.
+        ConfigError: There is none.
     """
     path, _, attribute = name.rpartition(".")
     by_name = {n.lower(): n for n in algorithms.__all__}
     attribute = attribute if path else by_name.get(attribute.lower(), attribute)
-    found = getattr(import_module(path) if path else algorithms, attribute, None)
+    try:
+        found = getattr(import_module(path) if path else algorithms, attribute, None)
+    except ModuleNotFoundError as error:
+        if not f"{path}.".startswith(f"{error.name}."):  # the module is there, what it imports is not
+            raise
+        raise ConfigError(f"algorithm {name!r}: no module named {error.name!r} (searched sys.path)") from error
     if not (isinstance(found, type) and issubclass(found, OnPolicyModule)):
         known = [n for n in algorithms.__all__ if issubclass(getattr(algorithms, n), OnPolicyModule)]
         raise ConfigError(f"{name!r} is no on-policy algorithm; there are {', '.join(known)}, or give an import path")
@@ -117,7 +125,7 @@ def make_module(layout: str, algorithm: str, workload: Workload, folder: Path) -
     """Return the module to measure, its weights not loaded yet.
 
     Raises:
-        ValueError: The workload is longer than the model reads, or the layout or algorithm is unknown.
+        ConfigError: The workload is longer than the model reads, or the layout or algorithm is unknown.
     """
     check_length(context_length(read_config(workload.model)), workload.prompt_length, workload.response_length)
     stage = stage_of(layout)
@@ -262,7 +270,7 @@ def measure(layout: str, algorithm: str, workload: Workload, folder: Path) -> di
 
 
 def run_task(task: dict[str, Any]) -> dict[str, Any]:
-    """Run a task; see :func:`lit_rlhf.commands.bench_process.run_child`."""
+    """Run a task; see :func:`lit_rlhf.bench.process.run_child`."""
     workload, folder = Workload(**task["workload"]), Path(task["folder"])
     if "write_stages" in task:
         write_stages(task["write_stages"], workload, folder)
@@ -276,7 +284,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
     try:
         result = run_task(json.loads(sys.argv[1]))
-    except (OSError, ValueError, ImportError) as error:
+    except (LitRLHFError, OSError) as error:
+        if not message_suffices(error):
+            raise
         result = {"error": str(error)}
     print(MARK + json.dumps(result), flush=True)
 

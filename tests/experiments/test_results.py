@@ -1,18 +1,30 @@
-"""The results command: its task, its cells, what it writes, and that a stopped run goes on."""
+"""The results study: its task, its cells, what it writes, and that a stopped run goes on."""
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from lit_rlhf.cli import main
-from lit_rlhf.commands import results_cells, results_runner
-from lit_rlhf.commands.results_cells import VARIANTS, make_cells
-from lit_rlhf.commands.results_task import WORDS, make_openings, write_task
 from lit_rlhf.evaluation import mean_ci95
+
+SCRIPTS = Path(__file__).parents[2] / "experiments" / "results"
+MODULES = ("run", "cells", "task")
+
+
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make the study's scripts importable, and leave no module of so plain a name behind."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    yield
+    for name in MODULES:
+        sys.modules.pop(name, None)
 
 
 def test_all_cells_are_six_layouts_with_a_critic_and_five_without() -> None:
+    from cells import VARIANTS, make_cells
+
     cells = make_cells(None, None, variants=True)
     count = {name: sum(c.algorithm == name and not c.variant for c in cells) for name in {c.algorithm for c in cells}}
     assert count == {"PPO": 6, "Reinforce": 6, "ReMax": 5, "RLOO": 5, "GRPO": 5, "ReinforcePlusPlus": 5, "DPO": 2}
@@ -23,6 +35,8 @@ def test_all_cells_are_six_layouts_with_a_critic_and_five_without() -> None:
 
 
 def test_the_task_repeats_itself_and_keeps_its_openings_apart(tmp_path: Path) -> None:
+    from task import WORDS, make_openings, write_task
+
     def gold(responses: list[str]) -> list[float]:
         return [sum(r.count(w) for w in WORDS[1]) - sum(r.count(w) for w in WORDS[-1]) for r in responses]
 
@@ -44,21 +58,24 @@ def test_the_task_repeats_itself_and_keeps_its_openings_apart(tmp_path: Path) ->
 def test_a_run_writes_its_table_and_goes_on_after_a_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(results_runner, "STAGE_STEPS", 3)
+    import run
+    from cells import PHASES
+
+    monkeypatch.setattr(run, "STAGE_STEPS", 3)
     out = tmp_path / "out"
-    arguments = ["results", "--out", str(out), "--layouts+", "hydra", "--seeds", "2", "--iterations", "2"]
-    arguments += ["--variants", "false", "--algorithms+", "ReMax"]
-    main([*arguments, "--algorithms+", "PPO"])
+    arguments = ["--out", str(out), "--layouts", "hydra", "--algorithms", "ReMax", "PPO", "--no-variants"]
+    arguments += ["--seeds", "2", "--iterations", "2"]
+    run.main(arguments)
     content = json.loads((out / "results.json").read_text())
     assert [(row["algorithm"], row["layout"], row["seeds"]) for row in content["rows"]] == [
         ("ReMax", "hydra", 2), ("PPO", "hydra", 2),
     ]  # fmt: skip
-    runs = [json.loads((out / "runs" / f"PPO-hydra-seed{seed}.json").read_text()) for seed in (0, 1)]
-    gains = [run["gold_after"] - run["gold_before"] for run in runs]
+    done = [json.loads((out / "runs" / f"PPO-hydra-seed{seed}.json").read_text()) for seed in (0, 1)]
+    gains = [one["gold_after"] - one["gold_before"] for one in done]
     row = content["rows"][1]
     assert row["gain"] == pytest.approx(sum(gains) / 2)
     assert row["gain_ci95"] == pytest.approx(list(mean_ci95(gains).ci95))
-    assert set(runs[0]["seconds_per_sample"]) == set(results_cells.PHASES)
+    assert set(done[0]["seconds_per_sample"]) == set(PHASES)
     # No critic: less memory at its peak.
     assert content["rows"][0]["peak_bytes"] < row["peak_bytes"]
     assert "ReMax" in (out / "results.md").read_text()
@@ -67,12 +84,35 @@ def test_a_run_writes_its_table_and_goes_on_after_a_stop(
     before = (out / "runs" / "ReMax-hydra-seed0.json").stat().st_mtime_ns
     (out / "runs" / "PPO-hydra-seed1.json").unlink()
     capsys.readouterr()
-    main([*arguments, "--algorithms+", "PPO"])
+    run.main(arguments)
     assert "1 runs to go" in capsys.readouterr().out
     assert (out / "runs" / "ReMax-hydra-seed0.json").stat().st_mtime_ns == before
     again = json.loads((out / "runs" / "PPO-hydra-seed1.json").read_text())
-    assert {**again, "seconds_per_sample": 0} == {**runs[1], "seconds_per_sample": 0}
+    assert {**again, "seconds_per_sample": 0} == {**done[1], "seconds_per_sample": 0}
 
     with pytest.raises(SystemExit):
-        main([*arguments[:-2], "--iterations", "3"])
+        run.main([*arguments[:-2], "--iterations", "3"])
     assert "holds runs made with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--algorithms", "PPPO"], "'PPPO' is not one of"),
+        (["--layouts", "hydro"], "'hydro' is not one of"),
+        (["--seeds", "1"], "seeds >= 2"),
+    ],
+)
+def test_a_bad_input_gets_its_message(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import run
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run.main(arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert said in error
+    assert len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())

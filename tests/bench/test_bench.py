@@ -11,9 +11,12 @@ import torch
 from helpers import LAYOUTS, TINY
 
 from lit_rlhf.backbone import load_tokenizer, read_config
-from lit_rlhf.commands import bench, bench_process, bench_report, bench_run
-from lit_rlhf.commands.bench import Workload
-from lit_rlhf.commands.bench_probe import WorkCounter, best_seconds, roofline
+from lit_rlhf.bench import Workload
+from lit_rlhf.bench import process as bench_process
+from lit_rlhf.bench import report as bench_report
+from lit_rlhf.bench import run as bench_run
+from lit_rlhf.bench.probe import WorkCounter, best_seconds, roofline
+from lit_rlhf.commands import bench
 
 SMALL = Workload(model=TINY, updates=1, prompt_length=5, response_length=4, batch_size=4, lora_r=2)
 
@@ -33,7 +36,9 @@ def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_command_starts_without_torch() -> None:
     code = (
-        "import sys; from lit_rlhf.commands import bench, bench_process, bench_report, run; import jsonargparse;"
+        "import sys, jsonargparse\n"
+        "from lit_rlhf.bench import process, report\n"
+        "from lit_rlhf.commands import bench, run\n"
         "assert 'torch' not in sys.modules and 'lightning' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""What ``lit-rlhf results`` trains: the cells, the stages they start from, and one run of one cell."""
+"""What the results study trains: the cells, the stages they start from, and one run of one cell."""
 
 import csv
 import statistics
@@ -82,7 +82,7 @@ def make_cells(names: list[str] | None, layouts: list[str] | None, variants: boo
     """Return the chosen cells. Critic-free algorithms leave ``j_hydra`` out: without a critic it is ``hydra``.
 
     Raises:
-        ValueError: An algorithm or layout is unknown.
+        ConfigError: An algorithm or layout is unknown.
     """
     known = {"algorithms": (*WITH_CRITIC, *CRITIC_FREE), "layouts": tuple(LAYOUTS)}
     for kind, given in (("algorithms", names), ("layouts", layouts)):

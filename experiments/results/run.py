@@ -1,18 +1,27 @@
-"""Runs the cells of ``lit-rlhf results`` and writes their table and plot."""
+"""Algorithms x layouts on a small task over several seeds, each compared with its SFT policy; one table, one plot.
 
+    python experiments/results/run.py --out experiments/results --seeds 5 --jobs 2
+
+A run that was stopped goes on where it was; the settings must be the same then. Needs the ``demo`` extra.
+"""
+
+import argparse
 import json
 import multiprocessing
 import os
 import platform
+import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from cells import ROLLOUT_SIZE, STAGE_STEPS, STAGES, Cell, make_cells, run_cell, train_stage
+from task import write_task
+
 from lit_rlhf.commands import quickstart_report as report
-from lit_rlhf.commands.results_cells import ROLLOUT_SIZE, STAGE_STEPS, STAGES, Cell, make_cells, run_cell, train_stage
-from lit_rlhf.commands.results_task import write_task
-from lit_rlhf.errors import ConfigError
+from lit_rlhf.errors import ConfigError, LitRLHFError
 from lit_rlhf.evaluation import mean_ci95
 
 COLUMNS = (
@@ -25,10 +34,19 @@ def run_results(
     out: str, algorithms: list[str] | None, layouts: list[str] | None, variants: bool, seeds: int, iterations: int,
     jobs: int,
 ) -> None:  # fmt: skip
-    """Run everything that is not there yet; the arguments are those of :func:`lit_rlhf.commands.results.results`.
+    """Run everything that is not there yet.
+
+    Args:
+        out: Output folder.
+        algorithms: On-policy algorithms; None takes all.
+        layouts: Layouts; None takes all.
+        variants: Also DPO, j_hydra's stability options and hydra with a small critic set.
+        seeds: Seeds of each cell; every seed trains its own SFT, reward and Hydra-SFT stages.
+        iterations: Iterations of each on-policy run.
+        jobs: Runs at the same time; seconds per sample mean little above 1.
 
     Raises:
-        ValueError: An argument is out of range, or the folder holds runs made with other settings.
+        ConfigError: An argument is out of range, or the folder holds runs made with other settings.
     """
     if seeds < 2 or iterations < 2 or jobs < 1:
         raise ConfigError(f"needs seeds >= 2, iterations >= 2 and jobs >= 1; got {seeds}, {iterations}, {jobs}")
@@ -82,10 +100,10 @@ def check_settings(folder: Path, settings: dict[str, int]) -> None:
     report.write_json(settings, file)
 
 
-def summarise(cell: Cell, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarize(cell: Cell, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return one row: means over seeds, and the 95 % interval of the gain over the SFT policy."""
     mean = {
-        key: sum(run[key] for run in runs) / len(runs)
+        key: statistics.fmean(run[key] for run in runs)
         for key in ("gold_before", "gold_after", "win_rate", "kl_to_reference", "peak_bytes")
     }
     gains = [run["gold_after"] - run["gold_before"] for run in runs]
@@ -95,7 +113,7 @@ def summarise(cell: Cell, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "algorithm": cell.algorithm, "layout": cell.layout, "variant": cell.variant, "seeds": len(runs), **mean,
         "gain": gain.mean, "gain_ci95": list(gain.ci95), "gains": gains,
         "gold_after_ci95": list(mean_ci95([run["gold_after"] for run in runs]).ci95),
-        "seconds_per_sample": sum(seconds) / len(seconds),
+        "seconds_per_sample": statistics.fmean(seconds),
     }  # fmt: skip
 
 
@@ -118,7 +136,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 def write_results(folder: Path, cells: Sequence[Cell], seeds: int, settings: dict[str, int]) -> None:
     """Write ``results.json``, ``results.md`` and ``results.png``."""
     runs = {cell: [json.loads(file_of(folder, cell, s).read_text()) for s in range(seeds)] for cell in cells}
-    rows = [summarise(cell, of_cell) for cell, of_cell in runs.items()]
+    rows = [summarize(cell, of_cell) for cell, of_cell in runs.items()]
     commits = sorted({str(run["commit"]) for of_cell in runs.values() for run in of_cell})
     content = {
         "settings": settings, "seeds": seeds, "commits": commits, "versions": report.versions(),
@@ -134,19 +152,19 @@ def write_results(folder: Path, cells: Sequence[Cell], seeds: int, settings: dic
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw each cell's gain over its SFT policy with its interval, a colour per layout."""
+    """Draw each cell's gain over its SFT policy with its interval, a color per layout."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     layouts = list(dict.fromkeys(row["layout"] for row in rows))
-    colours = dict(zip(layouts, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+    colors = dict(zip(layouts, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
     figure, axis = plt.subplots(figsize=(8, 0.22 * len(rows) + 1.2), constrained_layout=True)
     for position, row in enumerate(rows):
         low, high = row["gain_ci95"]
-        axis.plot([low, high], [position, position], color=colours[row["layout"]], linewidth=1.5)
-        axis.plot(row["gain"], position, "o", markersize=4, color=colours[row["layout"]])
+        axis.plot([low, high], [position, position], color=colors[row["layout"]], linewidth=1.5)
+        axis.plot(row["gain"], position, "o", markersize=4, color=colors[row["layout"]])
     names = [" ".join(part for part in (r["algorithm"], r["layout"], r["variant"]) if part) for r in rows]
     axis.set_yticks(range(len(rows)), names, fontsize=7)
     axis.invert_yaxis()
@@ -157,3 +175,26 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(partial, dpi=150, format="png")
     plt.close(figure)
     os.replace(partial, path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="results", help="output folder")
+    parser.add_argument("--algorithms", nargs="+", help="PPO Reinforce ReMax RLOO GRPO ReinforcePlusPlus; default all")
+    parser.add_argument("--layouts", nargs="+", help="default all")
+    parser.add_argument(
+        "--variants", action=argparse.BooleanOptionalAction, default=True,
+        help="also DPO, j_hydra's stability options and hydra with a small critic set",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=5, help="of each cell, stages included")
+    parser.add_argument("--iterations", type=int, default=16, help="of each on-policy run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    try:
+        run_results(**vars(parser.parse_args(argv)))
+    except LitRLHFError as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
@@ -22,20 +20,21 @@ from lit_rlhf.backbone import (
     Layout,
     LoraArgs,
     Quantization,
+    Stages,
     build_backbone,
-    check_artefacts,
     check_model,
     compile_layers,
+    complete_spec,
+    describe_part,
     fingerprint_parents,
-    layout_names,
     load_tokenizer,
     make_record,
-    read_spec,
+    read_stages,
     without_weights,
 )
 from lit_rlhf.callbacks import NumericalGuard, OnNonFinite, SafeCheckpoints, StopAfterStep, StopOnSigterm
-from lit_rlhf.checkpoints.files import load_file
-from lit_rlhf.checkpoints.folders import read_rest, settle
+from lit_rlhf.checkpoints.records import refuse_foreign
+from lit_rlhf.checkpoints.resume import check_resume
 from lit_rlhf.errors import ConfigError
 from lit_rlhf.strategies import check_strategy, data_parallel_mesh, shard
 
@@ -96,6 +95,7 @@ class BackboneModule(L.LightningModule):
         self.strict_loading = False
         self.backbone: Backbone
         self.temperature = 1.0
+        self._stages: Stages | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._eos_ids: list[int] = []
 
@@ -116,7 +116,8 @@ class BackboneModule(L.LightningModule):
             )
         if stage == "fit":
             self._try_optimizer()
-        check_artefacts(self.spec, self.make_layout())
+        if not hasattr(self, "backbone"):
+            self._stages = read_stages(self.spec, self.make_layout())
         self.check_data(getattr(self.trainer, "datamodule", None))
 
     def _try_optimizer(self) -> None:
@@ -142,7 +143,12 @@ class BackboneModule(L.LightningModule):
         known: list[Any] = [part for part in parts if hasattr(part, "longest")]
         longest = max((part.longest() for part in known), default=0)
         check_model(
-            self.spec, self.tokenizer, longest, response_length, lambda: max(part.largest_id() for part in known)
+            self.spec,
+            self.tokenizer,
+            longest,
+            response_length,
+            lambda: max(part.largest_id() for part in known),
+            self._stages.parents if self._stages is not None else {},
         )
 
     def configure_callbacks(self) -> list[Callback]:
@@ -182,9 +188,11 @@ class BackboneModule(L.LightningModule):
         if not hasattr(self, "backbone"):
             skeleton = from_first_rank and mesh is not None and mesh.get_local_rank() > 0
             layout = self.make_layout()
+            stages = self._stages or read_stages(self.spec, layout)
             with without_weights() if skeleton else nullcontext():
-                self.backbone = build_backbone(self.spec, layout, self.gradient_checkpointing, self.temperature)
-            self.spec.fingerprints = self.spec.fingerprints or fingerprint_parents(self.spec)
+                self.backbone = build_backbone(self.spec, layout, self.gradient_checkpointing, self.temperature, stages)
+            self.spec.fingerprints = self.spec.fingerprints or stages.fingerprints()
+            self._stages = None
             if self.compile_layers:
                 compile_layers(self.backbone)
         if mesh is not None and not self.backbone.is_sharded:
@@ -238,7 +246,7 @@ class BackboneModule(L.LightningModule):
             ValueError: The checkpoint does not belong to this configuration; the first difference is named.
         """
         path = None if self._trainer is None else self.trainer.ckpt_path
-        self._refuse_foreign(checkpoint, path)
+        refuse_foreign(checkpoint, self._record(), path, complete_spec, describe_part)
 
     def check_checkpoint(self, path: str, max_epochs: int | None = None) -> None:
         """Refuse a checkpoint that cannot be resumed, as far as that can be told before any weights load.
@@ -251,36 +259,8 @@ class BackboneModule(L.LightningModule):
         Raises:
             ValueError: It is missing, damaged, foreign, of another algorithm, model or layout, or has more epochs.
         """
-        if "://" in path or path in ("best", "hpc", "last", "registry"):
-            return
-        settle(Path(path))
-        content = read_rest(Path(path)) if Path(path).is_dir() else load_file(Path(path), mmap=True)
         self.spec.fingerprints = fingerprint_parents(self.spec)
-        self._refuse_foreign(content, path)
-        done = int(content.get("epoch", -1)) + 1
-        if max_epochs is not None and 0 <= max_epochs < done:
-            raise ConfigError(
-                f"checkpoint {path} has {done} finished epochs, but trainer.max_epochs is {max_epochs}. Raise it: it "
-                "counts from the beginning of the run, not from the checkpoint"
-            )
-
-    def _refuse_foreign(self, checkpoint: dict[str, Any], path: Any) -> None:
-        """Compare a checkpoint's record with this run's; the names of what is trained once the model is there."""
-        saved = checkpoint.get(RECORD_KEY)
-        if saved is None:
-            raise ConfigError(f"checkpoint {path or ''} was not written by lit_rlhf; it cannot be resumed")
-        ours = self._record()
-        for key in ("algorithm", "layout", "trainable_names"):
-            if saved[key] != ours[key] and ours[key] is not None:
-                raise ConfigError(
-                    f"cannot resume: the checkpoint's {key} differs from the configuration's: "
-                    f"{_named(key, saved[key])} there, {_named(key, ours[key])} here. "
-                    "Set it back, or start anew without --ckpt_path"
-                )
-        saved_spec = asdict(read_spec(saved["spec"]))
-        for key, value in ours["spec"].items():
-            if saved_spec[key] != value:
-                raise ConfigError(f"cannot resume: {key} was {saved_spec[key]!r} and is now {value!r}")
+        check_resume(path, self._record(), max_epochs, complete_spec, describe_part)
 
     def log_all(self, prefix: str, values: Mapping[str, Tensor | float], **kwargs: Any) -> None:
         """Log values under ``prefix/``; those in ``progress_metrics`` also in the progress bar."""
@@ -304,10 +284,3 @@ class BackboneModule(L.LightningModule):
         if self._trainer is None:
             return tensor
         return self.trainer.strategy.reduce(tensor.clone(), reduce_op="sum")
-
-
-def _named(key: str, value: Any) -> str:
-    """Return a part of a checkpoint's record for a message; layouts of the table by their names."""
-    names = layout_names(value) if key == "layout" else []
-    text = " or ".join(names) or str(value)
-    return text if len(text) <= 300 else text[:300] + " ..."

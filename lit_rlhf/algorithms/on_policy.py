@@ -145,7 +145,7 @@ class OnPolicyModule(BackboneModule):
         try:
             layout = self.make_layout()
             if self.spec.lora is not None:
-                self.spec.lora.check_sets(layout.trained_adapters)
+                self.spec.lora.check_adapters(layout.trained_adapters)
         except (KeyError, ValueError) as error:
             found.append(str(error.args[0]))
         return found + self._horizon_problems(ranks=1)

@@ -27,7 +27,7 @@ def check_quantization(quantization: Quantization | None, layout: Layout, lora: 
     if layout.trained_trunks:
         raise ConfigError(
             f"quantization {quantization} needs frozen trunks, but this layout trains "
-            f"{', '.join(map(repr, layout.trained_trunks))} as a whole; train LoRA sets instead, or leave it out"
+            f"{', '.join(map(repr, layout.trained_trunks))} as a whole; train adapters (lora) instead, or leave it out"
         )
     if quantization == "int8" and lora is not None and lora.use_dora:
         raise ConfigError("lora.use_dora does not work with quantization int8; choose nf4, or leave one of them out")
@@ -42,7 +42,7 @@ def _device_is_there() -> bool:
 
 
 class _Once(logging.Filter):
-    """Lets each message through once; bitsandbytes repeats one in every pass of every layer."""
+    """Lets each message through once; bitsandbytes repeats one in every forward pass of every layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def load_quantized(path: str, dtype: torch.dtype, quantization: Quantization) ->
         path: Folder or hub name of a plain model.
         dtype: Dtype of the other weights, and of what the quantised layers compute and return.
         quantization: ``nf4`` (QLoRA's 4-bit floats in blocks of 64) or ``int8`` (LLM.int8(), which computes a column
-            in 16 bits where any token of the batch is an outlier in it: readings depend, within 8-bit rounding, on
+            in 16 bits where any token of the batch is an outlier in it: outputs depend, within 8-bit rounding, on
             the other rows and on padding, so the first minibatch's ratio is 1 only within that rounding).
 
     Raises:

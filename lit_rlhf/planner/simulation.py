@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lit_rlhf.backbone import Backbone, DType, Layout, LoraArgs, vocabulary
-from lit_rlhf.backbone.stages import LoraSet
+from lit_rlhf.backbone import Backbone, DType, Layout, LoraArgs, LoraSet, vocabulary
 from lit_rlhf.functional import position_ids
 from lit_rlhf.planner.live import WorstCaseLive
 from lit_rlhf.planner.steps import make_module, minibatch_loss

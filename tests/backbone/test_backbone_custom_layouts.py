@@ -12,8 +12,8 @@ from lit_rlhf.backbone import (
     StageCheckpoint,
     Trunk,
     build_backbone,
-    check_artefacts,
     find_layout,
+    read_stages,
     supervised_layout,
 )
 
@@ -219,8 +219,8 @@ def test_stages_with_a_custom_layout(module, run_stage, base_model, batch):
             hidden = model.base_model(**inputs).last_hidden_state
             merged = ours.role_model(role).merged()
             torch.testing.assert_close(merged.base_model(**inputs).last_hidden_state, hidden, atol=1e-4, rtol=1e-4)
-    assert ours.lora_set("critic").args == settings.for_set("critic")
-    assert ours.lora_set("actor") is None
+    assert ours.adapter("critic").args == settings.for_adapter("critic")
+    assert ours.adapter("actor") is None
     again = build_backbone(BackboneSpec(base_model, lora=LoraArgs(r=4), policy_checkpoint=second), sft.layout)
     torch.testing.assert_close(read(again, ("actor",), batch)["actor"], found["actor"], atol=1e-5, rtol=1e-5)
 
@@ -228,4 +228,4 @@ def test_stages_with_a_custom_layout(module, run_stage, base_model, batch):
 def test_custom_layout_with_its_artefacts_missing(base_model):
     layout = Layout(actor(reward=("a", "r", "reward")), {"a": Trunk()}, loaded_adapters=frozenset({"r"}))
     with pytest.raises(ValueError, match="needs a trained reward head"):
-        check_artefacts(BackboneSpec(base_model), layout)
+        read_stages(BackboneSpec(base_model), layout)

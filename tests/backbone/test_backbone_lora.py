@@ -15,10 +15,10 @@ from lit_rlhf.backbone import (
     LoraArgs,
     StageCheckpoint,
     build_backbone,
-    check_artefacts,
     load_language_model,
     make_record,
     read_spec,
+    read_stages,
     supervised_layout,
 )
 
@@ -147,7 +147,7 @@ def test_checkpointing_changes_no_gradient(kind, make_model, make_backbone, batc
     ],
 )
 def test_settings_of_one_set(settings, name, expected):
-    found = LoraArgs(**settings).for_set(name)
+    found = LoraArgs(**settings).for_adapter(name)
     assert (found.r, found.alpha, found.scaling) == expected
     assert found.ranks == {}
 
@@ -169,14 +169,14 @@ def test_rank_below_one():
 def test_rank_of_a_set_that_does_not_exist(layout, message):
     """Found before any model is loaded: the model's name is wrong too."""
     spec = BackboneSpec("./no_such_folder", lora=LoraArgs(ranks={"critc": 4}))
-    for build in (check_artefacts, build_backbone):
+    for build in (read_stages, build_backbone):
         with pytest.raises(ValueError, match=message):
             build(spec, layout)
 
 
 def test_rank_of_a_set_that_is_only_read():
     with pytest.raises(ValueError, match="names 'reward'"):
-        check_artefacts(BackboneSpec("x", lora=LoraArgs(ranks={"reward": 4})), LAYOUTS["pe"])
+        read_stages(BackboneSpec("x", lora=LoraArgs(ranks={"reward": 4})), LAYOUTS["pe"])
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_rank_of_a_set_that_is_only_read():
         (["q_proj"], "gpt2", r"named 'q_proj'; linear layers of GPT2LMHeadModel: c_attn, c_fc, c_proj"),
         (["layers.7.mlp.up_proj"], "llama", r"named 'layers.7.mlp.up_proj'"),
         ("q_proj", "llama", r"no module path matches the regular expression \(a list names modules\) 'q_proj'"),
-        (r".*\.(q|v", "llama", r"is no regular expression"),
+        (r".*\.(q|v", "llama", r"is not a regular expression"),
         (["mlp"], "llama", r"LlamaMLP"),
     ],
 )
@@ -278,7 +278,7 @@ def test_peft_reads_the_export_alone(kind, family, make_model, run_stage, tmp_pa
     torch.testing.assert_close(logits(again, batch), expected)
     config = again.peft_config["default"]
     assert (config.r, config.use_dora, config.use_rslora) == (
-        spec.lora.for_set("sft").r,
+        spec.lora.for_adapter("sft").r,
         spec.lora.use_dora,
         spec.lora.use_rslora,
     )
@@ -313,7 +313,7 @@ def test_stacked_dora_has_no_single_adapter(first, second, chain, batch):
 
 
 @pytest.mark.parametrize("kind", ["plain", "dora"])
-def test_model_for_inference_keeps_a_single_set_apart(kind, chain, batch):
+def test_model_for_inference_keeps_a_single_adapter_apart(kind, chain, batch):
     path, backbone = chain(kind, None)
     model = StageCheckpoint.read(path).role_model("actor").for_inference()
     assert [name for name, _ in model.named_parameters() if "lora_A" in name]

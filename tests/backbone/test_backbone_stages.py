@@ -14,10 +14,10 @@ from lit_rlhf.backbone import (
     LoraArgs,
     StageCheckpoint,
     build_backbone,
-    check_artefacts,
+    read_stages,
     supervised_layout,
 )
-from lit_rlhf.backbone.lora_sets import concatenate
+from lit_rlhf.backbone.adapter_tensors import concatenate
 from lit_rlhf.checkpoints.files import CheckpointError
 
 ROLES = ("actor", "critic", "reference", "reward")
@@ -151,7 +151,7 @@ def test_pe_reads_the_reward_models_own_set_frozen(base_model, sft, reward_model
     close(found["reward"], read(reward_model[1], ("reward",), batch)["reward"])
     close(found["reference"], read(sft[1], ("actor",), batch)["actor"])
     frozen = {name: p for name, p in backbone.named_parameters() if ".reward." in name and "lora_" in name}
-    saved = StageCheckpoint.read(reward_model[0]).lora_set("reward")
+    saved = StageCheckpoint.read(reward_model[0]).adapter("reward")
     assert len(frozen) == len(saved.tensors) == 2 * 2 * 2  # A and B, two layers, two modules
     assert not any(p.requires_grad for p in frozen.values())
     assert not set(frozen) & set(backbone.trainable_names)
@@ -215,8 +215,8 @@ def test_chain_is_found_through_the_record(base_model, hydra_sft, ppo, batch):
     assert stage.layout == LAYOUTS["hydra"]
     assert stage.spec.lora == lora(2, use_rslora=True, target_modules=["q_proj", "v_proj", "up_proj"])
     found = stage.role_model("actor")
-    assert [s.args.r for s in found.sets] == [4, 2]
-    assert [s.args.r for s in stage.role_model("reference").sets] == [4]
+    assert [s.args.r for s in found.adapters] == [4, 2]
+    assert [s.args.r for s in stage.role_model("reference").adapters] == [4]
     plain = AutoModelForCausalLM.from_pretrained(base_model)
     for key, value in plain.state_dict().items():
         assert torch.equal(found.base.state_dict()[key], value), key
@@ -271,7 +271,7 @@ def test_three_stages(base_model, run_stage, ppo, batch):
     path, backbone = run_stage("again", spec, layout, seed=6)
     close(read(backbone, ("reference",), batch)["reference"], read(ppo[1], ("actor",), batch)["actor"])
     found = StageCheckpoint.read(path).role_model("actor")
-    assert [s.args.r for s in found.sets] == [4, 2, 1]
+    assert [s.args.r for s in found.adapters] == [4, 2, 1]
     with torch.no_grad(), backbone.use("actor") as model:
         close(logits(found.as_peft().eval(), batch), logits(model, batch))
 
@@ -279,12 +279,12 @@ def test_three_stages(base_model, run_stage, ppo, batch):
 def test_summed_set_is_exact_where_modules_differ(ppo, hydra_sft):
     """Against the update written out module by module, in float64."""
     found = StageCheckpoint.read(ppo[0]).role_model("actor")
-    summed = concatenate(found.sets)
+    summed = concatenate(found.adapters)
     assert summed.scaling == 1
     for name in {key.rsplit(".lora_", 1)[0] for key in summed.tensors}:
         expected = sum(
             s.scaling * s.tensors[f"{name}.lora_B.weight"].double() @ s.tensors[f"{name}.lora_A.weight"].double()
-            for s in found.sets
+            for s in found.adapters
             if f"{name}.lora_A.weight" in s.tensors
         )
         a, b = summed.tensors[f"{name}.lora_A.weight"], summed.tensors[f"{name}.lora_B.weight"]
@@ -343,7 +343,7 @@ def test_record_holds_absolute_paths(run_stage, base_model, sft, monkeypatch, tm
     monkeypatch.chdir("/")
     stage = StageCheckpoint.read(path)
     assert stage.spec.policy_checkpoint == sft[0]
-    assert len(stage.role_model("actor").sets) == 2
+    assert len(stage.role_model("actor").adapters) == 2
 
 
 def test_checkpoint_holds_trained_tensors_only(ppo):
@@ -366,10 +366,10 @@ def test_reward_head_of_another_trunk_is_refused(layout, base_model, sft, reward
     ]:
         spec = BackboneSpec(base_model, lora=lora(), policy_checkpoint=policy, reward_checkpoint=reward)
         with pytest.raises(ValueError, match="trained on another trunk"):
-            check_artefacts(spec, LAYOUTS[layout])
-    check_artefacts(BackboneSpec(base_model, lora=lora(), policy_checkpoint=hydra_sft[0]), LAYOUTS[layout])
+            read_stages(spec, LAYOUTS[layout])
+    read_stages(BackboneSpec(base_model, lora=lora(), policy_checkpoint=hydra_sft[0]), LAYOUTS[layout])
     both = BackboneSpec(base_model, lora=lora(), policy_checkpoint=hydra_sft[0], reward_checkpoint=hydra_sft[0])
-    check_artefacts(both, LAYOUTS[layout])
+    read_stages(both, LAYOUTS[layout])
 
 
 def test_reward_head_left_behind_by_a_later_stage_is_refused(run_stage, base_model, hydra_sft):
@@ -379,7 +379,7 @@ def test_reward_head_left_behind_by_a_later_stage_is_refused(run_stage, base_mod
         with pytest.raises(ValueError, match="trained on another trunk"):
             build_backbone(BackboneSpec(base_model, lora=lora(), policy_checkpoint=path), LAYOUTS[layout])
     spec = BackboneSpec(base_model, lora=lora(), policy_checkpoint=path, reward_checkpoint=hydra_sft[0])
-    check_artefacts(spec, LAYOUTS["dynamic_lora"])
+    read_stages(spec, LAYOUTS["dynamic_lora"])
 
 
 # --- errors ---------------------------------------------------------------------------
@@ -440,7 +440,7 @@ def test_wrong_role(sft):
     with pytest.raises(ValueError, match=r"sft.ckpt holds the roles \['actor'\], not 'reward'"):
         StageCheckpoint.read(sft[0]).role_model("reward")
     with pytest.raises(ValueError, match="not 'judge'"):
-        StageCheckpoint.read(sft[0]).lora_set("judge")
+        StageCheckpoint.read(sft[0]).adapter("judge")
 
 
 def test_model_mismatch(make_model, tmp_path, hydra_sft):

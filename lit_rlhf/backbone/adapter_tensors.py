@@ -35,7 +35,7 @@ class Adapter:
         return self.args.scaling
 
 
-# The name of old.
+# The former name, for code written against earlier versions.
 LoraSet = Adapter
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
@@ -80,7 +79,7 @@ def _check_ids(
     if len(tokenizer) <= size:
         return
     # Tokenizers may list tokens that the model was never resized for; only those in use do harm.
-    special: list[Any] = [tokenizer.pad_token_id, tokenizer.eos_token_id]
+    special: list[int | None] = [tokenizer.pad_token_id, tokenizer.eos_token_id]
     largest = max(largest_id(), *(i for i in special if i is not None))
     if largest >= size:
         raise ConfigError(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from lit_rlhf.errors import ConfigError
 
@@ -278,7 +278,7 @@ def find_layout(name: str) -> Layout:
             f"my_layouts.SPLIT; got {name!r}"
         )
     try:
-        module: Any = import_module(path)
+        module = import_module(path)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{path}.".startswith(f"{error.name}."):
             raise  # the module is there; something that it imports is not

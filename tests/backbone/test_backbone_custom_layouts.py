@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from stage_helpers import HYDRA, read
 
 from lit_rlhf.backbone import (
     LAYOUTS,
@@ -17,8 +18,7 @@ from lit_rlhf.backbone import (
     supervised_layout,
 )
 
-HYDRA = {"actor": "lm", "reward": "reward"}
-# The actor's trunk is trained as a whole, the critic is a LoRA set on the frozen start, which is also the reference.
+# The actor's trunk is trained as a whole, the critic is an adapter on the frozen start, which is also the reference.
 SPLIT = """
 from lit_rlhf.backbone import Layout, Role, Trunk
 
@@ -47,11 +47,6 @@ def module(tmp_path, monkeypatch):
         return name
 
     return module
-
-
-@torch.no_grad()
-def read(backbone, roles, batch):
-    return backbone(roles, *batch)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -196,7 +191,7 @@ def test_a_reward_set_may_be_read_with_a_trained_head():
 
 
 def test_stages_with_a_custom_layout(module, run_stage, base_model, batch):
-    """Trained trunk and LoRA set in one stage; the record holds the layout as data, so the module may be gone."""
+    """Trained trunk and adapter in one stage; the record holds the layout as data, so the module may be gone."""
     module("layouts_four", SPLIT)
     path, sft = run_stage("sft", BackboneSpec(base_model, lora=LoraArgs(r=4)), supervised_layout(HYDRA, lora=True))
     layout = find_layout("layouts_four.SPLIT")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from stage_helpers import HYDRA, ROLES, logits, read
 from transformers import AutoModelForCausalLM
 
 from lit_rlhf.backbone import (
@@ -22,8 +23,6 @@ from lit_rlhf.backbone import (
     supervised_layout,
 )
 
-ROLES = ("actor", "critic", "reference", "reward")
-HYDRA = {"actor": "lm", "reward": "reward"}
 KINDS = {
     "plain": LoraArgs(r=4, alpha=6),
     "rslora": LoraArgs(r=4, alpha=6, use_rslora=True),
@@ -38,7 +37,7 @@ KINDS = {
 
 
 def sft_kind(kind):
-    """The same kind for a stage that trains the set `sft`."""
+    """The same kind for a stage that trains the adapter `sft`."""
     settings = copy.deepcopy(KINDS[kind])
     settings.ranks = {"sft": 3} if settings.ranks else {}
     return settings
@@ -46,17 +45,6 @@ def sft_kind(kind):
 
 def close(ours, expected):
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def read(backbone, roles, batch):
-    return backbone(roles, *batch)
-
-
-@torch.no_grad()
-def logits(model, batch):
-    """Of the first row, which has no padding."""
-    return model(input_ids=batch.tokens[:1]).logits
 
 
 def train(backbone, batch, steps=2, lr=0.05):
@@ -226,7 +214,7 @@ def chain(run_stage, base_model):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpoint_gives_the_same_readings_back(kind, chain, batch):
+def test_checkpoint_gives_the_same_outputs_back(kind, chain, batch):
     path, backbone = chain("plain", kind)
     stage = StageCheckpoint.read(path)
     assert stage.spec.lora == KINDS[kind]

@@ -211,7 +211,7 @@ def check_targets(model: PreTrainedModel, args: LoraArgs) -> None:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Say whether a module is a linear layer of any kind: torch's, transformers' Conv1D, or a quantised one."""
+    """Say whether a module is a linear layer of any kind: torch's, transformers' Conv1D, or a quantized one."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding)
 

@@ -24,7 +24,7 @@ class LoraArgs:
         alpha: Scaling numerator; the update is multiplied by ``alpha / r`` (``alpha / sqrt(r)`` with rsLoRA).
         target_modules: ``all-linear`` (every linear layer but the output embedding), a list of module names,
             or a regular expression over whole module paths.
-        use_rslora: Rank-stabilised scaling.
+        use_rslora: Rank-stabilized scaling.
         use_dora: DoRA: direction and magnitude of each weight's rows are trained apart. Slower, since every pass
             computes the norms of the adapted weights.
         ranks: Other ranks for some adapters, such as ``{"critic": 4}``. Their alpha is ``alpha * rank / r``, so that

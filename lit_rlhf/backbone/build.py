@@ -57,7 +57,7 @@ def _load_trunks(stages: Stages) -> tuple[dict[str, PreTrainedModel], dict[str, 
 
 
 def _load_quantized(stages: Stages) -> tuple[dict[str, PreTrainedModel], dict[str, Adapter]]:
-    """Return the quantised trunks by name, and beside each the adapters of earlier stages, summed.
+    """Return the quantized trunks by name, and beside each the adapters of earlier stages, summed.
 
     bitsandbytes' weights are loaded anew for each trunk rather than copied.
     """

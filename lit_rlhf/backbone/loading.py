@@ -148,7 +148,7 @@ def load_language_model(
             f"for, such as {missing[0]}; are they of another model, or cut short?"
         )
     if source.gguf_file:
-        # The weights are plain now; a saved copy must not claim to be quantised.
+        # The weights are plain now; a saved copy must not claim to be quantized.
         model.config.__dict__.pop("quantization_config", None)
         model.__dict__.pop("hf_quantizer", None)
     return model.eval()

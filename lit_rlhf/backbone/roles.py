@@ -16,7 +16,7 @@ ArtefactName = Literal["policy", "reward"]
 
 # Algorithms read these roles through these heads; other role names are free.
 HEAD_OF_ROLE: dict[str, HeadName] = {"actor": "lm", "reference": "lm", "critic": "value", "reward": "reward"}
-# The adapter that holds what earlier stages trained, where a quantised trunk cannot take it into its weights.
+# The adapter that holds what earlier stages trained, where a quantized trunk cannot take it into its weights.
 START_ADAPTER = "start"
 
 
@@ -137,7 +137,7 @@ def _shape_problems(layout: Layout) -> list[str]:
                 found.append(f"{kind} name {name!r} must be letters, digits and '_', and not begin with 'lora_'")
     if START_ADAPTER in sets:
         found.append(
-            f"a LoRA set cannot be called {START_ADAPTER!r}: quantised trunks keep earlier stages under that name"
+            f"a LoRA set cannot be called {START_ADAPTER!r}: quantized trunks keep earlier stages under that name"
         )
     for name, role in roles.items():
         if role.head not in get_args(HeadName):

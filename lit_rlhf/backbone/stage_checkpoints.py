@@ -53,7 +53,7 @@ class TrunkWeights:
 
         Args:
             dtype: Dtype of the weights.
-            quantization: Quantise the linear layers, as soon as no later stage trained them in full.
+            quantization: Quantize the linear layers, as soon as no later stage trained them in full.
 
         Returns:
             The model, and beside it the adapters that were trained since its weights last were.
@@ -214,7 +214,7 @@ class StageCheckpoint:
         Args:
             role: Role name, such as ``actor`` or ``reward``.
             dtype: Dtype of the weights; None means the stage's own.
-            quantization: Quantise the base model; None gives it plain, whatever the stage was trained on.
+            quantization: Quantize the base model; None gives it plain, whatever the stage was trained on.
 
         Raises:
             ValueError, OSError: See :meth:`weights` and :meth:`TrunkWeights.load`.

@@ -44,8 +44,8 @@ def read_stages(spec: BackboneSpec, layout: Layout) -> Stages:
     Raises:
         CheckpointError: A checkpoint is missing or damaged.
         ValueError: A role needs an artefact that the checkpoints do not hold, ``lora.ranks`` names an adapter that is
-            not trained, the layout cannot be quantised, or a checkpoint of the chain was replaced.
-        ImportError: Quantisation needs bitsandbytes.
+            not trained, the layout cannot be quantized, or a checkpoint of the chain was replaced.
+        ImportError: Quantization needs bitsandbytes.
     """
     if spec.lora is not None:
         spec.lora.check_adapters(layout.trained_adapters)

@@ -2,15 +2,12 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.algorithms.settings import layout_problems, optimizer_problems, precision_problems
@@ -22,22 +19,23 @@ from lit_rlhf.backbone import (
     Layout,
     LoraArgs,
     Quantization,
+    Stages,
     build_backbone,
-    check_artefacts,
     check_model,
     compile_layers,
+    complete_spec,
+    describe_part,
     fingerprint_parents,
-    layout_names,
     load_tokenizer,
     make_record,
-    read_spec,
+    read_stages,
     without_weights,
 )
 from lit_rlhf.callbacks import NumericalGuard, OnNonFinite, SafeCheckpoints, StopAfterStep, StopOnSigterm
-from lit_rlhf.checkpoints.files import load_file
-from lit_rlhf.checkpoints.folders import read_rest, settle
+from lit_rlhf.checkpoints.records import refuse_foreign
+from lit_rlhf.checkpoints.resume import check_resume
 from lit_rlhf.errors import ConfigError
-from lit_rlhf.strategies import check_strategy, data_parallel_mesh, shard_module
+from lit_rlhf.strategies import check_strategy, class_path, data_parallel_mesh, shard_module
 from lit_rlhf.strategies.ranks import sum_over_ranks, trainer_of
 
 
@@ -92,6 +90,8 @@ class BackboneModule(L.LightningModule):
         # Checkpoints hold the trainables only; `on_load_checkpoint` compares the names instead.
         self.strict_loading = False
         self.temperature = 1.0
+        self.sampled_tokens = 0  # most tokens that are sampled behind a prompt
+        self._stages: Stages | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     # ---- before any weights load --------------------------------------------------------------------------------
@@ -134,24 +134,18 @@ class BackboneModule(L.LightningModule):
         """
         check_strategy(self.trainer.strategy, self.spec.quantization is not None)
         self.check_settings()
-        check_artefacts(self.spec, self.make_layout())
-        self.check_data(getattr(self.trainer, "datamodule", None))
-
-    def check_data(self, data: Any, response_length: int = 0) -> None:
-        """Refuse data that the model cannot read.
-
-        Args:
-            data: The data module; datasets with ``longest`` and ``largest_id`` are looked into.
-            response_length: Most tokens that are sampled behind each sequence.
-
-        Raises:
-            ConfigError: See :func:`lit_rlhf.backbone.check_model`.
-        """
+        if not hasattr(self, "backbone"):
+            self._stages = read_stages(self.spec, self.make_layout())
+        data = getattr(self.trainer, "datamodule", None)
         parts: list[Any] = [getattr(data, name, None) for name in ("train_dataset", "val_dataset")]
         known = [part for part in parts if hasattr(part, "longest")]
-        longest = max((part.longest() for part in known), default=0)
         check_model(
-            self.spec, self.tokenizer, longest, response_length, lambda: max(part.largest_id() for part in known)
+            self.spec,
+            self.tokenizer,
+            max((part.longest() for part in known), default=0),
+            self.sampled_tokens,
+            lambda: max(part.largest_id() for part in known),
+            {} if self._stages is None else self._stages.parents,
         )
 
     def configure_callbacks(self) -> list[Callback]:
@@ -187,12 +181,13 @@ class BackboneModule(L.LightningModule):
         # bitsandbytes quantizes while it loads, and its tensors carry state of their own: every rank loads those.
         from_first_rank = mesh is not None and mesh.size() > 1 and self.spec.quantization is None
         if not hasattr(self, "backbone"):
+            layout = self.make_layout()
+            stages = self._stages or read_stages(self.spec, layout)
             skeleton = from_first_rank and mesh.get_local_rank() > 0
             with without_weights() if skeleton else nullcontext():
-                self.backbone = build_backbone(
-                    self.spec, self.make_layout(), self.gradient_checkpointing, self.temperature
-                )
-            self.spec.fingerprints = self.spec.fingerprints or fingerprint_parents(self.spec)
+                self.backbone = build_backbone(self.spec, layout, self.gradient_checkpointing, self.temperature, stages)
+            self.spec.fingerprints = self.spec.fingerprints or stages.fingerprints()
+            self._stages = None
             if self.compile_layers:
                 compile_layers(self.backbone)
         if mesh is not None:
@@ -222,68 +217,31 @@ class BackboneModule(L.LightningModule):
         trained = {f"backbone.{name}" for name in self.backbone.trainable_names}
         return {key: value for key, value in state.items() if key in trained}
 
-    def _record(self) -> dict[str, Any]:
-        # fully_shard puts a class of its own in front.
-        kind = next(cls for cls in type(self).__mro__ if not issubclass(cls, FSDPModule))
-        algorithm = f"{kind.__module__}.{kind.__qualname__}"
+    def record(self) -> dict[str, Any]:
+        """Return what a checkpoint says of itself; ``trainable_names`` is None before the model is built."""
+        algorithm = class_path(self)
         if not hasattr(self, "backbone"):
             return {**make_record(algorithm, self.spec, self.make_layout(), []), "trainable_names": None}
         return make_record(algorithm, self.spec, self.backbone.layout, self.backbone.trainable_names)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the record by which later stages find the frozen rest."""
-        checkpoint[RECORD_KEY] = self._record()
+        checkpoint[RECORD_KEY] = self.record()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another algorithm, model or layout: resuming it would train something else.
 
         Raises:
-            ValueError: The checkpoint does not belong to this configuration; the first difference is named.
+            ConfigError: The checkpoint does not belong to this configuration; the first difference is named.
         """
-        path = None if self._trainer is None else self.trainer.ckpt_path
-        self._refuse_foreign(checkpoint, path)
+        trainer = trainer_of(self)
+        path = None if trainer is None else trainer.ckpt_path
+        refuse_foreign(checkpoint, self.record(), path, complete_spec, describe_part)
 
     def check_checkpoint(self, path: str, max_epochs: int | None = None) -> None:
-        """Refuse a checkpoint that cannot be resumed, as far as that can be told before any weights load.
-
-        Args:
-            path: Its path, of a file or a folder of shards; remote ones and keywords such as ``last`` are left to the
-                restore.
-            max_epochs: Epochs that the run is to have in the end; None and -1 set no limit.
-
-        Raises:
-            ValueError: It is missing, damaged, foreign, of another algorithm, model or layout, or has more epochs.
-        """
-        if "://" in path or path in ("best", "hpc", "last", "registry"):
-            return
-        settle(Path(path))
-        content = read_rest(Path(path)) if Path(path).is_dir() else load_file(Path(path), mmap=True)
+        """Refuse a checkpoint that cannot be resumed, before any weights load; see :func:`check_resume`."""
         self.spec.fingerprints = fingerprint_parents(self.spec)
-        self._refuse_foreign(content, path)
-        done = int(content.get("epoch", -1)) + 1
-        if max_epochs is not None and 0 <= max_epochs < done:
-            raise ConfigError(
-                f"checkpoint {path} has {done} finished epochs, but trainer.max_epochs is {max_epochs}. Raise it: it "
-                "counts from the beginning of the run, not from the checkpoint"
-            )
-
-    def _refuse_foreign(self, checkpoint: dict[str, Any], path: Any) -> None:
-        """Compare a checkpoint's record with this run's; the names of what is trained once the model is there."""
-        saved = checkpoint.get(RECORD_KEY)
-        if saved is None:
-            raise ConfigError(f"checkpoint {path or ''} was not written by lit_rlhf; it cannot be resumed")
-        ours = self._record()
-        for key in ("algorithm", "layout", "trainable_names"):
-            if saved[key] != ours[key] and ours[key] is not None:
-                raise ConfigError(
-                    f"cannot resume: the checkpoint's {key} differs from the configuration's: "
-                    f"{_named(key, saved[key])} there, {_named(key, ours[key])} here. "
-                    "Set it back, or start anew without --ckpt_path"
-                )
-        saved_spec = asdict(read_spec(saved["spec"]))
-        for key, value in ours["spec"].items():
-            if saved_spec[key] != value:
-                raise ConfigError(f"cannot resume: {key} was {saved_spec[key]!r} and is now {value!r}")
+        check_resume(path, self.record(), max_epochs, complete_spec, describe_part)
 
     def log_all(self, prefix: str, values: Mapping[str, Tensor | float], **kwargs: Any) -> None:
         """Log values under ``prefix/``; those in ``progress_metrics`` also in the progress bar."""
@@ -294,10 +252,3 @@ class BackboneModule(L.LightningModule):
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Return a tensor summed over all ranks (without a trainer: itself)."""
         return sum_over_ranks(self, tensor)
-
-
-def _named(key: str, value: Any) -> str:
-    """Return a part of a checkpoint's record for a message; layouts of the table by their names."""
-    names = layout_names(value) if key == "layout" else []
-    text = " or ".join(names) or str(value)
-    return text if len(text) <= 300 else text[:300] + " ..."

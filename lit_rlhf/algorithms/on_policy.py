@@ -117,7 +117,7 @@ class OnPolicyModule(BackboneModule):
             skip_non_finite=self.on_non_finite == "skip_step",
         )
         self.sampling = self.collector.sampling
-        self.temperature = self.sampling.temperature
+        self.temperature, self.sampled_tokens = self.sampling.temperature, self.sampling.max_new_tokens
         self.rollout_buffer = RolloutBuffer(
             rollout_size, minibatch_size, inner_epochs, seed, samples_per_prompt, group_by_length
         )

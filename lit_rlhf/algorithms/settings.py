@@ -48,7 +48,7 @@ def layout_problems(make_layout: Callable[[], Layout], lora: LoraArgs | None) ->
     try:
         layout = make_layout()
         if lora is not None:
-            lora.check_sets(layout.trained_adapters)
+            lora.check_adapters(layout.trained_adapters)
     except (KeyError, ValueError) as error:
         return [str(error.args[0])]
     return []

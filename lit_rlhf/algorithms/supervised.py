@@ -13,9 +13,9 @@ from lit_rlhf.backbone.roles import HeadName
 from lit_rlhf.callbacks import SaveAtEpochEnd
 from lit_rlhf.data import InstructionData, PreferenceData
 from lit_rlhf.data.base import TextData
-from lit_rlhf.errors import ConfigError
 from lit_rlhf.functional import cross_entropy, masked_mean, preference_loss
 from lit_rlhf.metrics import PairwiseAccuracy, RewardMargin, TokenPerplexity
+from lit_rlhf.strategies.ranks import trainer_of
 
 Batch = dict[str, Tensor]
 
@@ -37,18 +37,16 @@ class SupervisedModule(BackboneModule):
             # Registered one by one: Lightning moves and resets metrics that are attributes.
             self.add_module(f"metric_{name}", metric)
 
-    def check_data(self, data: Any, response_length: int = 0) -> None:
-        """Refuse batches of another kind: their halves are chosen and rejected responses, or they are not.
-
-        Raises:
-            ValueError: The data module gives other batches than :meth:`losses` reads.
-        """
+    def problems(self) -> list[str]:
+        """Add data of another kind: their batches' halves are chosen and rejected responses, or they are not."""
+        found, trainer = super().problems(), trainer_of(self)
+        data = getattr(trainer, "datamodule", None)
         if self.data is not None and isinstance(data, TextData) and not isinstance(data, self.data):
-            raise ConfigError(
+            found.append(
                 f"{type(self).__name__} is trained on {self.data.__name__}, not on {type(data).__name__}; "
                 f"set data to it (--data {self.data.__name__})"
             )
-        super().check_data(data, response_length)
+        return found
 
     def configure_callbacks(self) -> list[Callback]:
         """Let checkpoints be saved after any step."""

@@ -1,7 +1,9 @@
-"""Trunks, LoRA sets and heads, read by role."""
+"""Trunks, adapters and heads, read by role."""
 
+from lit_rlhf.backbone.adapter_tensors import Adapter, LoraSet, RoleModel
 from lit_rlhf.backbone.adapters import AdapterSwitch, LoraArgs
-from lit_rlhf.backbone.backbone import Backbone, build_backbone
+from lit_rlhf.backbone.backbone import Backbone
+from lit_rlhf.backbone.build import build_backbone
 from lit_rlhf.backbone.checks import check_length, check_model, context_length, vocabulary
 from lit_rlhf.backbone.compilation import compile_layers
 from lit_rlhf.backbone.loading import (
@@ -12,23 +14,24 @@ from lit_rlhf.backbone.loading import (
     resolve_source,
     without_weights,
 )
-from lit_rlhf.backbone.lora_sets import LoraSet, RoleModel
 from lit_rlhf.backbone.quantization import Quantization
 from lit_rlhf.backbone.roles import LAYOUTS, Layout, Role, Trunk, find_layout, supervised_layout
-from lit_rlhf.backbone.stages import (
-    RECORD_KEY,
+from lit_rlhf.backbone.spec import (
     BackboneSpec,
-    StageCheckpoint,
-    check_artefacts,
-    fingerprint_parents,
+    complete_spec,
+    describe_part,
     layout_names,
     make_record,
     read_spec,
 )
+from lit_rlhf.backbone.stage_checkpoints import StageCheckpoint, fingerprint_parents
+from lit_rlhf.backbone.stages import Stages, read_stages
+from lit_rlhf.checkpoints.records import RECORD_KEY
 
 __all__ = [
     "LAYOUTS",
     "RECORD_KEY",
+    "Adapter",
     "AdapterSwitch",
     "Backbone",
     "BackboneSpec",
@@ -40,13 +43,15 @@ __all__ = [
     "Role",
     "RoleModel",
     "StageCheckpoint",
+    "Stages",
     "Trunk",
     "build_backbone",
-    "check_artefacts",
     "check_length",
     "check_model",
     "compile_layers",
+    "complete_spec",
     "context_length",
+    "describe_part",
     "find_layout",
     "fingerprint_parents",
     "layout_names",
@@ -55,6 +60,7 @@ __all__ = [
     "make_record",
     "read_config",
     "read_spec",
+    "read_stages",
     "resolve_source",
     "supervised_layout",
     "vocabulary",

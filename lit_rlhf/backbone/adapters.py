@@ -1,4 +1,4 @@
-"""LoRA sets on a trunk, and switching between them.
+"""Adapters (named LoRA weights) on a trunk, and switching between them.
 
 PEFT's own ``set_adapter`` and ``disable_adapter`` rewrite ``requires_grad`` and cost milliseconds a call.
 The switch here writes the two attributes that a LoRA layer reads in its forward pass, and nothing else.
@@ -17,17 +17,17 @@ from lit_rlhf.errors import ConfigError
 
 @dataclass
 class LoraArgs:
-    """The LoRA sets that are trained. Dropout is always 0: RL needs ratio 1 at the first step.
+    """Settings of the adapters that are trained. Dropout is always 0: RL needs ratio 1 at the first step.
 
     Args:
         r: Rank.
         alpha: Scaling numerator; the update is multiplied by ``alpha / r`` (``alpha / sqrt(r)`` with rsLoRA).
         target_modules: ``all-linear`` (every linear layer but the output embedding), a list of module names,
             or a regular expression over whole module paths.
-        use_rslora: Rank-stabilised scaling.
+        use_rslora: Rank-stabilized scaling.
         use_dora: DoRA: direction and magnitude of each weight's rows are trained apart. Slower, since every pass
             computes the norms of the adapted weights.
-        ranks: Other ranks for some sets, such as ``{"critic": 4}``. Their alpha is ``alpha * rank / r``, so that
+        ranks: Other ranks for some adapters, such as ``{"critic": 4}``. Their alpha is ``alpha * rank / r``, so that
             ``alpha / r`` stays what it is for all; with rsLoRA their update is then multiplied by
             ``(alpha / r) * sqrt(rank)``.
 
@@ -53,13 +53,13 @@ class LoraArgs:
             if rank < 1:
                 raise ConfigError(f"lora.ranks: the rank of {name!r} must be at least 1, got {rank}")
 
-    def for_set(self, name: str) -> "LoraArgs":
-        """Return the settings of one set: its own rank, and no ``ranks`` any more."""
+    def for_adapter(self, name: str) -> "LoraArgs":
+        """Return the settings of one adapter: its own rank, and no ``ranks`` any more."""
         rank = self.ranks.get(name, self.r)
         return replace(self, r=rank, alpha=self.alpha * rank / self.r, ranks={})
 
-    def check_sets(self, trained: Collection[str]) -> None:
-        """Raise ValueError where ``ranks`` names a set that is not among the trained ones."""
+    def check_adapters(self, trained: Collection[str]) -> None:
+        """Raise ValueError where ``ranks`` names an adapter that is not among the trained ones."""
         if unknown := sorted(set(self.ranks) - set(trained)):
             raise ConfigError(
                 f"lora.ranks names {', '.join(map(repr, unknown))}, but the LoRA sets trained here are "
@@ -72,7 +72,7 @@ class LoraArgs:
         return self.alpha / (self.r**0.5 if self.use_rslora else self.r)
 
     def to_peft(self) -> LoraConfig:
-        """Return the PEFT configuration of one set; see :meth:`for_set`."""
+        """Return the PEFT configuration of one adapter; see :meth:`for_adapter`."""
         targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
         return LoraConfig(
             r=self.r,
@@ -85,16 +85,16 @@ class LoraArgs:
         )
 
 
-# One (active set, off?) pair a LoRA layer.
+# One (active adapters, off?) pair for each LoRA layer.
 State = list[tuple[str | list[str], bool]]
 
 
 class AdapterSwitch:
-    """Selects the LoRA set that a trunk's forward pass reads.
+    """Selects the adapter that a trunk's forward pass uses.
 
     Args:
-        trunk: A model with PEFT layers, or a plain one (then only "LoRA off" exists).
-        always: Frozen sets that belong to what "LoRA off" means: every reading adds them.
+        trunk: A model with PEFT layers, or a plain one (then only "off" exists).
+        always: Frozen adapters that belong to what "off" means: every forward pass adds them.
     """
 
     def __init__(self, trunk: nn.Module, always: Sequence[str] = ()) -> None:
@@ -102,7 +102,7 @@ class AdapterSwitch:
         self._layers = [m for m in trunk.modules() if isinstance(m, BaseTunerLayer)]
 
     def use(self, adapter: str | None) -> AbstractContextManager[None]:
-        """Read this LoRA set (None: off) inside the block; the former state comes back, even on errors."""
+        """Use this adapter (None: off) inside the block; the former state comes back, even on errors."""
         active = self._always + ([] if adapter is None else [adapter])
         state: State = [(active or layer._active_adapter, not active) for layer in self._layers]
         return _Selected(self, state)
@@ -110,8 +110,8 @@ class AdapterSwitch:
     def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return the (forward, recompute) contexts for ``torch.utils.checkpoint``'s ``context_fn``.
 
-        Recomputation happens during backward, when another set may be on; without this the gradients of
-        every set but the last one used are silently wrong.
+        Recomputation happens during backward, when another adapter may be on; without this the gradients of
+        every adapter but the last one used are silently wrong.
         """
         return nullcontext(), _Selected(self, self._state())
 
@@ -124,7 +124,7 @@ class AdapterSwitch:
 
 
 class _Selected(AbstractContextManager[None]):
-    """A state of the switch, on inside the block; may be entered again, as a graph walked twice does."""
+    """A state of the switch, on inside the block; may be entered again, as backward through one graph twice does."""
 
     def __init__(self, switch: AdapterSwitch, state: State) -> None:
         self._switch, self._state = switch, state

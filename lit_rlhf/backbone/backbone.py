@@ -1,6 +1,5 @@
 """The backbone: trunks, LoRA sets and heads behind role names."""
 
-import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -13,12 +12,11 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lit_rlhf.backbone.adapter_tensors import Adapter, adapter_of, attach_adapters
 from lit_rlhf.backbone.adapters import AdapterSwitch, LoraArgs
 from lit_rlhf.backbone.language_head import LogitTransform, masked_log_probs, read_logit_transform
-from lit_rlhf.backbone.lora_sets import LoraSet, attach_sets, set_of
 from lit_rlhf.backbone.reuse import RecordedPass
-from lit_rlhf.backbone.roles import START_SET, HeadName, Layout, Role
-from lit_rlhf.backbone.stages import BackboneSpec, StageCheckpoint, check_artefacts, starting_model
+from lit_rlhf.backbone.roles import START_ADAPTER, HeadName, Layout, Role
 from lit_rlhf.errors import ConfigError
 from lit_rlhf.functional import gather_last, position_ids, scale_gradient
 
@@ -44,14 +42,14 @@ class Backbone(nn.Module):
         layout: Layout,
         trunks: Mapping[str, PreTrainedModel],
         lora: LoraArgs | None = None,
-        loaded: Mapping[str, LoraSet] | None = None,
+        loaded: Mapping[str, Adapter] | None = None,
         gradient_checkpointing: bool = False,
         temperature: float = 1.0,
-        start: Mapping[str, LoraSet] | None = None,
+        start: Mapping[str, Adapter] | None = None,
     ) -> None:
         super().__init__()
         if lora is not None:
-            lora.check_sets(layout.trained_adapters)
+            lora.check_adapters(layout.trained_adapters)
         self.layout = layout
         self.temperature = temperature
         self.compiled = False
@@ -69,9 +67,9 @@ class Backbone(nn.Module):
             if name not in lm_trunks:
                 drop_language_head(model)
             sets = _sets_of_trunk(layout, name, lora, loaded or {}, (start or {}).get(name))
-            self.trunks[name] = attach_sets(model, sets) if sets else model
+            self.trunks[name] = attach_adapters(model, sets) if sets else model
         self._switches = {
-            name: AdapterSwitch(trunk, always=[START_SET] if name in (start or {}) else [])
+            name: AdapterSwitch(trunk, always=[START_ADAPTER] if name in (start or {}) else [])
             for name, trunk in self.trunks.items()
         }
         self.heads = nn.ModuleDict(
@@ -113,7 +111,7 @@ class Backbone(nn.Module):
             if room == "heads":
                 trained = part in self.layout.trained_heads
             else:
-                trained = part in self.layout.trained_trunks or set_of(name) in self.layout.trained_adapters
+                trained = part in self.layout.trained_trunks or adapter_of(name) in self.layout.trained_adapters
             if trained:
                 names.append(name)
         return names
@@ -163,7 +161,7 @@ class Backbone(nn.Module):
         wanted = set(self.trainable_names)
         found = {}
         for name, parameter in self.named_parameters():
-            in_trunk = name.startswith(f"trunks.{where.trunk}.") and set_of(name) == where.adapter
+            in_trunk = name.startswith(f"trunks.{where.trunk}.") and adapter_of(name) == where.adapter
             if name in wanted and (in_trunk or name.startswith(f"heads.{where.head}.")):
                 found[name] = parameter
         return found
@@ -356,21 +354,21 @@ def drop_language_head(model: PreTrainedModel) -> None:
 
 
 def _sets_of_trunk(
-    layout: Layout, trunk: str, lora: LoraArgs | None, loaded: Mapping[str, LoraSet], start: LoraSet | None
-) -> dict[str, LoraArgs | LoraSet]:
+    layout: Layout, trunk: str, lora: LoraArgs | None, loaded: Mapping[str, Adapter], start: Adapter | None
+) -> dict[str, LoraArgs | Adapter]:
     """Return the LoRA sets that a trunk carries: settings of those to train, tensors of those to read.
 
     Raises:
         ValueError: There are no settings for a set to train, or a DoRA set would lie on another set.
     """
-    sets: dict[str, LoraArgs | LoraSet] = {}
+    sets: dict[str, LoraArgs | Adapter] = {}
     for name in layout.adapters(trunk):
         if name in loaded:
             sets[name] = loaded[name]
         elif lora is None:
             raise ConfigError(f"the layout trains LoRA set {name!r}, but no lora settings were given")
         else:
-            sets[name] = lora.for_set(name)
+            sets[name] = lora.for_adapter(name)
     if start is not None:
         for name, entry in sets.items():
             if (entry if isinstance(entry, LoraArgs) else entry.args).use_dora:
@@ -378,57 +376,5 @@ def _sets_of_trunk(
                     f"DoRA set {name!r} needs plain weights, but on a quantised trunk earlier stages stay LoRA sets; "
                     "export the checkpoint with `--format merged` and give that folder as `model`"
                 )
-        sets[START_SET] = start
+        sets[START_ADAPTER] = start
     return sets
-
-
-def build_backbone(
-    spec: BackboneSpec, layout: Layout, gradient_checkpointing: bool = False, temperature: float = 1.0
-) -> Backbone:
-    """Load trunks, LoRA sets and heads as the spec says.
-
-    The value head starts from the reward head (InstructGPT's practice), or at zero where there is none.
-
-    Raises:
-        ValueError, ImportError: See :func:`check_artefacts`; or ``lora.target_modules`` names no module of the model.
-    """
-    check_artefacts(spec, layout)
-    loaded = _loaded_sets(spec, layout)
-    models: dict[str, PreTrainedModel] = {}
-    started: dict[str | None, PreTrainedModel] = {}
-    start: dict[str, LoraSet] = {}
-    for name, trunk in layout.trunks.items():
-        if spec.quantization is not None:
-            # bitsandbytes' weights are loaded anew for each trunk rather than copied.
-            found = starting_model(spec, trunk.artefact)
-            models[name] = found.base
-            if (summed := found.summed()) is not None:
-                start[name] = summed
-            continue
-        path = spec.checkpoint_of(trunk.artefact)
-        key = f"{trunk.artefact}:{path}" if path else None
-        if key not in started:
-            started[key] = starting_model(spec, trunk.artefact).merged()
-            models[name] = started[key]
-        else:
-            models[name] = copy.deepcopy(started[key])
-    backbone = Backbone(layout, models, spec.lora, loaded, gradient_checkpointing, temperature, start)
-    _start_heads(backbone, spec)
-    return backbone
-
-
-def _start_heads(backbone: Backbone, spec: BackboneSpec) -> None:
-    path = spec.checkpoint_of("reward")
-    reward = StageCheckpoint.read(path).head_state("reward") if path else None
-    if reward is not None:
-        for head in backbone.heads.values():
-            head.load_state_dict(reward)
-
-
-def _loaded_sets(spec: BackboneSpec, layout: Layout) -> dict[str, LoraSet]:
-    if not layout.loaded_adapters:
-        return {}
-    assert spec.reward_checkpoint is not None
-    lora_set = StageCheckpoint.read(spec.reward_checkpoint).lora_set("reward")
-    assert lora_set is not None
-    return dict.fromkeys(layout.loaded_adapters, lora_set)

@@ -1,14 +1,15 @@
 """What can be refused before any weights load: from configs, tokenizers and the rows' lengths."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
+from lit_rlhf.backbone.adapter_tensors import check_targets
 from lit_rlhf.backbone.loading import load_tokenizer, read_config
-from lit_rlhf.backbone.lora_sets import check_targets
-from lit_rlhf.backbone.stages import BackboneSpec, StageCheckpoint
+from lit_rlhf.backbone.spec import BackboneSpec
+from lit_rlhf.backbone.stage_checkpoints import StageCheckpoint
 from lit_rlhf.errors import ConfigError
 
 
@@ -28,6 +29,7 @@ def check_model(
     longest: int = 0,
     response_length: int = 0,
     largest_id: Callable[[], int] = lambda: 0,
+    parents: Mapping[str, StageCheckpoint] = MappingProxyType({}),
 ) -> None:
     """Refuse a model that cannot read what it is going to be given; reads its config, no weights.
 
@@ -37,6 +39,7 @@ def check_model(
         longest: Tokens of the longest prompt or whole sequence of the data.
         response_length: Most tokens that are sampled behind it.
         largest_id: Returns the largest token id of the data; asked only where it matters.
+        parents: The checkpoints that the run starts from, by their paths; see :class:`lit_rlhf.backbone.Stages`.
 
     Raises:
         ValueError: The tokenizer's ids or the sequences' lengths are beyond the model, a checkpoint was trained with
@@ -46,7 +49,7 @@ def check_model(
     config = read_config(spec.model)
     _check_ids(spec, vocabulary(config), tokenizer, largest_id)
     check_length(context_length(config), longest, response_length)
-    _check_vocabularies(spec, tokenizer)
+    _check_vocabularies(spec, tokenizer, parents)
     if spec.lora is not None and spec.lora.target_modules != "all-linear":
         with torch.device("meta"):
             check_targets(AutoModelForCausalLM.from_config(config), spec.lora)
@@ -76,7 +79,7 @@ def _check_ids(
     if len(tokenizer) <= size:
         return
     # Tokenizers may list tokens that the model was never resized for; only those in use do harm.
-    special: list[Any] = [tokenizer.pad_token_id, tokenizer.eos_token_id]
+    special: list[int | None] = [tokenizer.pad_token_id, tokenizer.eos_token_id]
     largest = max(largest_id(), *(i for i in special if i is not None))
     if largest >= size:
         raise ConfigError(
@@ -85,14 +88,14 @@ def _check_ids(
         )
 
 
-def _check_vocabularies(spec: BackboneSpec, tokenizer: PreTrainedTokenizerBase) -> None:
-    for path in dict.fromkeys((spec.policy_checkpoint, spec.reward_checkpoint)):
-        theirs = StageCheckpoint.read(path).spec if path else None
-        if theirs is None or (theirs.tokenizer or theirs.model) == (spec.tokenizer or spec.model):
-            continue
-        name = theirs.tokenizer or theirs.model
-        if load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
+def _check_vocabularies(
+    spec: BackboneSpec, tokenizer: PreTrainedTokenizerBase, parents: Mapping[str, StageCheckpoint]
+) -> None:
+    ours = spec.tokenizer or spec.model
+    for path, stage in parents.items():
+        name = stage.spec.tokenizer or stage.spec.model
+        if name != ours and load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
             raise ConfigError(
                 f"checkpoint {path} was trained with the tokenizer of {name!r}, whose vocabulary is not that of "
-                f"{spec.tokenizer or spec.model!r}: the same token ids would mean other words. Set model.tokenizer"
+                f"{ours!r}: the same token ids would mean other words. Set model.tokenizer"
             )

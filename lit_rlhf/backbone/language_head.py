@@ -1,7 +1,6 @@
 """The output embedding with the architecture's own logit scaling and soft-capping."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ def read_logit_transform(model: PreTrainedModel) -> LogitTransform:
     Raises:
         ValueError: The model's logits are not explained by its config; its log-probs would be silently wrong.
     """
-    config: Any = model.config.get_text_config(decoder=True)
+    config = model.config.get_text_config(decoder=True)
     if getattr(config, "logits_scaling", None):
         scale = 1.0 / config.logits_scaling
     else:

@@ -65,7 +65,7 @@ def resolve_source(name: str) -> ModelSource:
         rest = name.removeprefix("random:")
         folder = ASSETS / rest if rest == "tiny" else Path(rest).expanduser()
         if not (folder / "config.json").is_file():
-            what = "holds no config.json" if folder.is_dir() else "is no folder"
+            what = "holds no config.json" if folder.is_dir() else "is not a folder"
             raise ModelNotFoundError(f"model {name!r}: {folder} {what}; random:tiny ships with lit_rlhf")
         return ModelSource(str(folder), random=True)
     if name.startswith("package:"):
@@ -148,7 +148,7 @@ def load_language_model(
             f"for, such as {missing[0]}; are they of another model, or cut short?"
         )
     if source.gguf_file:
-        # The weights are plain now; a saved copy must not claim to be quantised.
+        # The weights are plain now; a saved copy must not claim to be quantized.
         model.config.__dict__.pop("quantization_config", None)
         model.__dict__.pop("hf_quantizer", None)
     return model.eval()
@@ -210,7 +210,7 @@ def _need_gguf(name: str, source: ModelSource) -> None:
 
 @contextmanager
 def _named(what: str) -> Iterator[None]:
-    """Give errors of the libraries one kind and the name of what they were reading.
+    """Give errors of the libraries one kind and the name of what was being read.
 
     Damaged files raise ``SafetensorError``, ``struct.error``, ``TypeError``, ``RuntimeError`` and more.
     """

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Return ``[N, out]`` in x's dtype and the scaled ``[N, r]`` product in the LoRA set's."""
+    """Return ``[N, out]`` in x's dtype and the scaled ``[N, r]`` product in the adapter's."""
     reduced = (x.to(a.dtype) @ a.t()).mul_(scaling)
     result = F.linear(x, weight, bias)
     if result.dtype == a.dtype:
@@ -60,15 +60,15 @@ class _LoraLinear(torch.autograd.Function):
 
 
 class LoraLinear(PeftLinear):
-    """PEFT's LoRA layer with a faster, leaner pass for the common case.
+    """PEFT's LoRA layer with a faster, leaner forward pass for the common case.
 
-    The common case: one active LoRA set, no DoRA, nothing merged, a frozen ``nn.Linear`` below, no autocast. Every
+    The common case: one active adapter, no DoRA, nothing merged, a frozen ``nn.Linear`` below, no autocast. Every
     other case is PEFT's own. The results are PEFT's up to rounding (the scaling is applied before B, not after).
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return ``[.., out]`` for ``[.., in]``."""
-        name = None if args or kwargs else self._single_set(x)
+        name = None if args or kwargs else self._single_adapter(x)
         if name is None:
             return super().forward(x, *args, **kwargs)
         base: Any = self.base_layer
@@ -80,8 +80,8 @@ class LoraLinear(PeftLinear):
         result, _ = _forward(x.reshape(-1, x.shape[-1]), *tensors, self.scaling[name])
         return result.view(*x.shape[:-1], base.out_features)
 
-    def _single_set(self, x: Tensor) -> str | None:
-        """Return the one set to read, or None where this is not the common case."""
+    def _single_adapter(self, x: Tensor) -> str | None:
+        """Return the one adapter to use, or None where this is not the common case."""
         base: Any = self.base_layer
         active = self._active_adapter
         names = [active] if isinstance(active, str) else [name for name in active if name in self.lora_A]
@@ -94,7 +94,7 @@ class LoraLinear(PeftLinear):
 
 
 def use_fused_layers(model: nn.Module) -> None:
-    """Give a model's plain LoRA layers the pass above, in place."""
+    """Give a model's plain LoRA layers the forward pass above, in place."""
     for module in model.modules():
         if type(module) is PeftLinear:
             module.__class__ = LoraLinear

@@ -16,7 +16,7 @@ Quantization = Literal["int8", "nf4"]
 
 
 def check_quantization(quantization: Quantization | None, layout: Layout, lora: LoraArgs | None) -> None:
-    """Refuse a quantised run that cannot work; loads no model.
+    """Refuse a quantized run that cannot work; loads no model.
 
     Raises:
         ValueError: The layout trains a whole trunk, DoRA meets int8, or there is no CUDA device.
@@ -27,7 +27,7 @@ def check_quantization(quantization: Quantization | None, layout: Layout, lora: 
     if layout.trained_trunks:
         raise ConfigError(
             f"quantization {quantization} needs frozen trunks, but this layout trains "
-            f"{', '.join(map(repr, layout.trained_trunks))} as a whole; train LoRA sets instead, or leave it out"
+            f"{', '.join(map(repr, layout.trained_trunks))} as a whole; train adapters (lora) instead, or leave it out"
         )
     if quantization == "int8" and lora is not None and lora.use_dora:
         raise ConfigError("lora.use_dora does not work with quantization int8; choose nf4, or leave one of them out")
@@ -42,7 +42,7 @@ def _device_is_there() -> bool:
 
 
 class _Once(logging.Filter):
-    """Lets each message through once; bitsandbytes repeats one in every pass of every layer."""
+    """Lets each message through once; bitsandbytes repeats one in every forward pass of every layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,17 +60,17 @@ _ONCE = _Once()
 
 
 def load_quantized(path: str, dtype: torch.dtype, quantization: Quantization) -> PreTrainedModel:
-    """Load a model whose linear layers are quantised; embeddings and norms keep ``dtype``.
+    """Load a model whose linear layers are quantized; embeddings and norms keep ``dtype``.
 
     Args:
         path: Folder or hub name of a plain model.
-        dtype: Dtype of the other weights, and of what the quantised layers compute and return.
+        dtype: Dtype of the other weights, and of what the quantized layers compute and return.
         quantization: ``nf4`` (QLoRA's 4-bit floats in blocks of 64) or ``int8`` (LLM.int8(), which computes a column
-            in 16 bits where any token of the batch is an outlier in it: readings depend, within 8-bit rounding, on
+            in 16 bits where any token of the batch is an outlier in it: outputs depend, within 8-bit rounding, on
             the other rows and on padding, so the first minibatch's ratio is 1 only within that rounding).
 
     Raises:
-        ValueError: The output embedding came out quantised; log-probs read its weight.
+        ValueError: The output embedding came out quantized; log-probs read its weight.
     """
     if quantization == "nf4":
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
@@ -79,12 +79,12 @@ def load_quantized(path: str, dtype: torch.dtype, quantization: Quantization) ->
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_ONCE)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=config)
     if not model.get_output_embeddings().weight.is_floating_point():
-        raise ConfigError(f"{type(model).__name__}: its output embedding was quantised; log-probs need it plain")
+        raise ConfigError(f"{type(model).__name__}: its output embedding was quantized; log-probs need it plain")
     return model.eval()
 
 
 def quantize(model: PreTrainedModel, quantization: Quantization) -> PreTrainedModel:
-    """Return a quantised copy of a plain model, by way of a temporary folder of the model's size."""
+    """Return a quantized copy of a plain model, by way of a temporary folder of the model's size."""
     with tempfile.TemporaryDirectory(prefix="lit_rlhf_") as folder:
         saved: Any = model
         # Every rank has a folder of its own, and transformers 5.23 would write the first rank's alone.

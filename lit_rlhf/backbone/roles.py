@@ -1,4 +1,4 @@
-"""Roles and layouts as data: which trunk, LoRA set and head each role reads.
+"""Roles and layouts as data: which trunk, adapter and head each role reads.
 
 A layout is one table entry. Algorithms name roles only, so that the same algorithm runs on every layout.
 """
@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from lit_rlhf.errors import ConfigError
 
@@ -16,8 +16,8 @@ ArtefactName = Literal["policy", "reward"]
 
 # Algorithms read these roles through these heads; other role names are free.
 HEAD_OF_ROLE: dict[str, HeadName] = {"actor": "lm", "reference": "lm", "critic": "value", "reward": "reward"}
-# The LoRA set that holds what earlier stages trained, where a quantised trunk cannot take it into its weights.
-START_SET = "start"
+# The adapter that holds what earlier stages trained, where a quantized trunk cannot take it into its weights.
+START_ADAPTER = "start"
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Role:
 
     Args:
         trunk: Name of the trunk (a whole transformer).
-        adapter: Name of the LoRA set that is switched on, or None for "LoRA off".
+        adapter: Name of the adapter that is switched on, or None for the trunk alone.
         head: ``lm`` (the trunk's own output embedding), ``reward`` or ``value`` (scalar, float32).
     """
 
@@ -42,7 +42,7 @@ class Trunk:
     Args:
         artefact: ``policy`` starts from the policy checkpoint, ``reward`` from the reward checkpoint
             (or from the policy checkpoint where no reward checkpoint is given).
-        trained: True for full fine-tuning; LoRA sets need a frozen trunk.
+        trained: True for full fine-tuning; adapters need a frozen trunk.
     """
 
     artefact: ArtefactName = "policy"
@@ -58,7 +58,7 @@ class Layout:
             ``value``, ``reward`` reads ``reward``; other role names are free.
         trunks: Trunk name to :class:`Trunk`; exactly those the roles read.
         trained_heads: Scalar heads that receive gradients.
-        loaded_adapters: LoRA sets that are not trained here but read, frozen, from the reward checkpoint.
+        loaded_adapters: Adapters that are not trained here but read, frozen, from the reward checkpoint.
 
     Raises:
         ValueError: The parts contradict each other; everything wrong is listed.
@@ -76,13 +76,13 @@ class Layout:
 
     @property
     def trained_adapters(self) -> list[str]:
-        """The LoRA sets that are trained, in the order of the roles."""
+        """The adapters that are trained, in the order of the roles."""
         names = [r.adapter for r in self.roles.values() if r.adapter is not None]
         return [name for name in dict.fromkeys(names) if name not in self.loaded_adapters]
 
     @property
     def trains_lora(self) -> bool:
-        """Whether some LoRA set is trained, so that the stage needs LoRA settings."""
+        """Whether some adapter is trained, so that the stage needs LoRA settings."""
         return bool(self.trained_adapters)
 
     @property
@@ -110,7 +110,7 @@ class Layout:
         )
 
     def adapters(self, trunk: str) -> list[str]:
-        """Return the LoRA sets on a trunk, in the order of the roles."""
+        """Return the adapters on a trunk, in the order of the roles."""
         names = [role.adapter for role in self.roles.values() if role.trunk == trunk and role.adapter is not None]
         return list(dict.fromkeys(names))
 
@@ -135,8 +135,10 @@ def _shape_problems(layout: Layout) -> list[str]:
             # They become parts of parameter names.
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name.startswith("lora_"):
                 found.append(f"{kind} name {name!r} must be letters, digits and '_', and not begin with 'lora_'")
-    if START_SET in sets:
-        found.append(f"a LoRA set cannot be called {START_SET!r}: quantised trunks keep earlier stages under that name")
+    if START_ADAPTER in sets:
+        found.append(
+            f"a LoRA set cannot be called {START_ADAPTER!r}: quantized trunks keep earlier stages under that name"
+        )
     for name, role in roles.items():
         if role.head not in get_args(HeadName):
             found.append(f"role {name!r} reads head {role.head!r}; heads are {', '.join(get_args(HeadName))}")
@@ -166,7 +168,7 @@ def _meaning_problems(layout: Layout) -> list[str]:
             found.append("role 'reward' reads a fixed head on weights that are trained: its scores would drift")
         if role.adapter in layout.loaded_adapters and layout.trunks[role.trunk].artefact != "policy":
             found.append(
-                f"role {name!r} reads the reward model's LoRA set {role.adapter!r} on trunk {role.trunk!r}, which "
+                f"role {name!r} reads the reward model's adapter {role.adapter!r} on trunk {role.trunk!r}, which "
                 "starts from the reward model and holds it already; that trunk must start from policy"
             )
     return found
@@ -247,7 +249,7 @@ def supervised_layout(heads: Mapping[str, HeadName], lora: bool) -> Layout:
 
     Args:
         heads: Role name to head, such as ``{"actor": "lm", "reward": "reward"}`` for Hydra-SFT.
-        lora: True trains one LoRA set on a frozen trunk, False trains the trunk itself.
+        lora: True trains one adapter on a frozen trunk, False trains the trunk itself.
     """
     adapter = "sft" if lora else None
     return Layout(
@@ -276,7 +278,7 @@ def find_layout(name: str) -> Layout:
             f"my_layouts.SPLIT; got {name!r}"
         )
     try:
-        module: Any = import_module(path)
+        module = import_module(path)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{path}.".startswith(f"{error.name}."):
             raise  # the module is there; something that it imports is not

@@ -17,8 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lit_rlhf.backbone import Backbone, DType, Layout, LoraArgs, vocabulary
-from lit_rlhf.backbone.stages import LoraSet
+from lit_rlhf.backbone import Backbone, DType, Layout, LoraArgs, LoraSet, vocabulary
 from lit_rlhf.functional import position_ids
 from lit_rlhf.planner.live import WorstCaseLive
 from lit_rlhf.planner.steps import make_module, minibatch_loss

@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from lit_rlhf.backbone.stages import read_checkpoint
 from lit_rlhf.checkpoints.folders import REST, beside, load_folder, put_in_place, remove, save_folder, settle
+from lit_rlhf.checkpoints.records import read_checkpoint
 from lit_rlhf.errors import CheckpointError, StrategyError
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed import broadcast, broadcast_object_list
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
@@ -107,6 +108,12 @@ def shard_module(module: Any, mesh: Any, from_first_rank: bool) -> None:
     reshard = getattr(strategy, "reshard_after_forward", True)
     offload = getattr(strategy, "cpu_offload", False)
     shard(module, module.backbone, mesh, module.entry_methods, reshard, from_first_rank, offload)
+
+
+def class_path(module: nn.Module) -> str:
+    """Return the import path of a module's class; ``fully_shard`` puts a class of its own in front."""
+    kind = next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _agree(backbone: Backbone, mesh: Any) -> dict[int, torch.dtype]:

@@ -154,7 +154,7 @@ def test_a_replaced_parent_checkpoint_is_noticed(
     parent = tmp_path / "hydra.ckpt"
     parent.write_bytes(hydra_checkpoint.read_bytes())
     fit(tmp_path, prompts, epochs=1, policy_checkpoint=str(parent))
-    assert len(StageCheckpoint.read(tmp_path / "last.ckpt").role_model("actor").sets) == 2
+    assert len(StageCheckpoint.read(tmp_path / "last.ckpt").role_model("actor").adapters) == 2
     content = torch.load(parent, weights_only=True)
     name = next(iter(content["state_dict"]))
     content["state_dict"][name] += 1.0

@@ -7,11 +7,21 @@ import pytest
 import torch
 import transformers
 from peft.tuners.lora import LoraLayer
+from stage_helpers import HYDRA, REWARD, SFT, lora
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from lit_rlhf.backbone import LAYOUTS, RECORD_KEY, Backbone, LoraArgs, build_backbone, make_record
+from lit_rlhf.backbone import (
+    LAYOUTS,
+    RECORD_KEY,
+    Backbone,
+    BackboneSpec,
+    LoraArgs,
+    build_backbone,
+    make_record,
+    supervised_layout,
+)
 
 EOS = 2
 SIZES = {
@@ -201,6 +211,31 @@ def run_stage(randomize, tmp_path):
         return path, backbone
 
     return run_stage
+
+
+@pytest.fixture
+def sft(run_stage, base_model):
+    return run_stage("sft", BackboneSpec(base_model, lora=lora()), supervised_layout(SFT, lora=True))
+
+
+@pytest.fixture
+def hydra_sft(run_stage, base_model):
+    return run_stage("hydra_sft", BackboneSpec(base_model, lora=lora()), supervised_layout(HYDRA, lora=True), seed=2)
+
+
+@pytest.fixture
+def reward_model(run_stage, base_model, sft):
+    """LoRA reward model on the SFT checkpoint, other rank, scaling and targets than the SFT's."""
+    settings = lora(3, use_rslora=True, target_modules=["q_proj", "o_proj"])
+    spec = BackboneSpec(base_model, lora=settings, policy_checkpoint=sft[0])
+    return run_stage("reward_model", spec, supervised_layout(REWARD, lora=True), seed=3)
+
+
+@pytest.fixture
+def ppo(run_stage, base_model, hydra_sft):
+    settings = lora(2, use_rslora=True, target_modules=["q_proj", "v_proj", "up_proj"])
+    spec = BackboneSpec(base_model, lora=settings, policy_checkpoint=hydra_sft[0])
+    return run_stage("ppo", spec, LAYOUTS["hydra"], seed=4)
 
 
 @pytest.fixture

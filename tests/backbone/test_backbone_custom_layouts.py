@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from stage_helpers import HYDRA, read
 
 from lit_rlhf.backbone import (
     LAYOUTS,
@@ -12,13 +13,12 @@ from lit_rlhf.backbone import (
     StageCheckpoint,
     Trunk,
     build_backbone,
-    check_artefacts,
     find_layout,
+    read_stages,
     supervised_layout,
 )
 
-HYDRA = {"actor": "lm", "reward": "reward"}
-# The actor's trunk is trained as a whole, the critic is a LoRA set on the frozen start, which is also the reference.
+# The actor's trunk is trained as a whole, the critic is an adapter on the frozen start, which is also the reference.
 SPLIT = """
 from lit_rlhf.backbone import Layout, Role, Trunk
 
@@ -47,11 +47,6 @@ def module(tmp_path, monkeypatch):
         return name
 
     return module
-
-
-@torch.no_grad()
-def read(backbone, roles, batch):
-    return backbone(roles, *batch)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -196,7 +191,7 @@ def test_a_reward_set_may_be_read_with_a_trained_head():
 
 
 def test_stages_with_a_custom_layout(module, run_stage, base_model, batch):
-    """Trained trunk and LoRA set in one stage; the record holds the layout as data, so the module may be gone."""
+    """Trained trunk and adapter in one stage; the record holds the layout as data, so the module may be gone."""
     module("layouts_four", SPLIT)
     path, sft = run_stage("sft", BackboneSpec(base_model, lora=LoraArgs(r=4)), supervised_layout(HYDRA, lora=True))
     layout = find_layout("layouts_four.SPLIT")
@@ -219,8 +214,8 @@ def test_stages_with_a_custom_layout(module, run_stage, base_model, batch):
             hidden = model.base_model(**inputs).last_hidden_state
             merged = ours.role_model(role).merged()
             torch.testing.assert_close(merged.base_model(**inputs).last_hidden_state, hidden, atol=1e-4, rtol=1e-4)
-    assert ours.lora_set("critic").args == settings.for_set("critic")
-    assert ours.lora_set("actor") is None
+    assert ours.adapter("critic").args == settings.for_adapter("critic")
+    assert ours.adapter("actor") is None
     again = build_backbone(BackboneSpec(base_model, lora=LoraArgs(r=4), policy_checkpoint=second), sft.layout)
     torch.testing.assert_close(read(again, ("actor",), batch)["actor"], found["actor"], atol=1e-5, rtol=1e-5)
 
@@ -228,4 +223,4 @@ def test_stages_with_a_custom_layout(module, run_stage, base_model, batch):
 def test_custom_layout_with_its_artefacts_missing(base_model):
     layout = Layout(actor(reward=("a", "r", "reward")), {"a": Trunk()}, loaded_adapters=frozenset({"r"}))
     with pytest.raises(ValueError, match="needs a trained reward head"):
-        check_artefacts(BackboneSpec(base_model), layout)
+        read_stages(BackboneSpec(base_model), layout)

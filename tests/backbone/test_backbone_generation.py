@@ -1,4 +1,4 @@
-"""Responses to one prompt share the pass over it, in every family, with the actor's LoRA set on."""
+"""Responses to one prompt share the pass over it, in every family, with the actor's adapter on."""
 
 import shutil
 
@@ -64,7 +64,7 @@ SLOW = [f for f in FAMILIES if f not in ("llama", "gemma2", "bloom")]
     "family", ["llama", "gemma2", "bloom", *(pytest.param(f, marks=pytest.mark.slow) for f in SLOW)]
 )
 def test_a_static_cache_changes_no_token(family, make_model, make_backbone, batch):
-    """Whichever LoRA set is on; for fewer rows than it has, and with its sliding windows full or not."""
+    """Whichever adapter is on; for fewer rows than it has, and with its sliding windows full or not."""
     model = make_model(family, **WINDOWS.get(family, {}), max_window_layers=0)
     backbone = make_backbone("j_hydra", family, model=model)
     prompts, attention = batch.tokens[:, :6], batch.attention_mask[:, :6]

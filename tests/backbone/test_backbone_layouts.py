@@ -1,4 +1,4 @@
-"""The table of METHODS.md: trunks, LoRA sets, passes, bytes; and what a malformed layout says."""
+"""The table of METHODS.md: trunks, adapters, passes, bytes; and what a malformed layout says."""
 
 import copy
 from collections import Counter
@@ -10,7 +10,7 @@ from lit_rlhf.backbone import LAYOUTS, Backbone, Layout, LoraArgs, Role, Trunk, 
 
 ROLES = ("actor", "critic", "reference", "reward")
 NO_CRITIC = ("actor", "reference", "reward")
-# METHODS.md: trunks, LoRA sets; then both without a critic.
+# METHODS.md: trunks, adapters; then both without a critic.
 TABLE = {
     "full": (4, 0, 3, 0),
     "lora": (4, 2, 3, 1),
@@ -173,7 +173,7 @@ def test_adamw_state_belongs_to_trainables_only(name, make_backbone, batch):
     optimizer.step()
     trainable = {key: p for key, p in backbone.named_parameters() if key in set(backbone.trainable_names)}
     stepped = [p for p in trainable.values() if p.grad is not None]
-    # The actor's full trunk and the critic's both get gradients everywhere; so do LoRA sets and value head.
+    # The actor's full trunk and the critic's both get gradients everywhere; so do adapters and value head.
     assert len(stepped) == len(trainable)
     moments = [v for state in optimizer.state.values() for key, v in state.items() if key != "step"]
     assert sum(v.nbytes for v in moments) == 2 * sum(p.nbytes for p in trainable.values())

@@ -76,7 +76,7 @@ def test_random(base_model, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["random:/nowhere", "random:", "random:medium"])
 def test_random_without_a_config(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"{name}.*(holds no config.json|is no folder); random:tiny"):
+    with pytest.raises(FileNotFoundError, match=f"{name}.*(holds no config.json|is not a folder); random:tiny"):
         resolve_source(name)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from stage_helpers import HYDRA, ROLES, logits, read
 from transformers import AutoModelForCausalLM
 
 from lit_rlhf.backbone import (
@@ -15,15 +16,13 @@ from lit_rlhf.backbone import (
     LoraArgs,
     StageCheckpoint,
     build_backbone,
-    check_artefacts,
     load_language_model,
     make_record,
     read_spec,
+    read_stages,
     supervised_layout,
 )
 
-ROLES = ("actor", "critic", "reference", "reward")
-HYDRA = {"actor": "lm", "reward": "reward"}
 KINDS = {
     "plain": LoraArgs(r=4, alpha=6),
     "rslora": LoraArgs(r=4, alpha=6, use_rslora=True),
@@ -38,7 +37,7 @@ KINDS = {
 
 
 def sft_kind(kind):
-    """The same kind for a stage that trains the set `sft`."""
+    """The same kind for a stage that trains the adapter `sft`."""
     settings = copy.deepcopy(KINDS[kind])
     settings.ranks = {"sft": 3} if settings.ranks else {}
     return settings
@@ -46,17 +45,6 @@ def sft_kind(kind):
 
 def close(ours, expected):
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def read(backbone, roles, batch):
-    return backbone(roles, *batch)
-
-
-@torch.no_grad()
-def logits(model, batch):
-    """Of the first row, which has no padding."""
-    return model(input_ids=batch.tokens[:1]).logits
 
 
 def train(backbone, batch, steps=2, lr=0.05):
@@ -147,7 +135,7 @@ def test_checkpointing_changes_no_gradient(kind, make_model, make_backbone, batc
     ],
 )
 def test_settings_of_one_set(settings, name, expected):
-    found = LoraArgs(**settings).for_set(name)
+    found = LoraArgs(**settings).for_adapter(name)
     assert (found.r, found.alpha, found.scaling) == expected
     assert found.ranks == {}
 
@@ -169,14 +157,14 @@ def test_rank_below_one():
 def test_rank_of_a_set_that_does_not_exist(layout, message):
     """Found before any model is loaded: the model's name is wrong too."""
     spec = BackboneSpec("./no_such_folder", lora=LoraArgs(ranks={"critc": 4}))
-    for build in (check_artefacts, build_backbone):
+    for build in (read_stages, build_backbone):
         with pytest.raises(ValueError, match=message):
             build(spec, layout)
 
 
 def test_rank_of_a_set_that_is_only_read():
     with pytest.raises(ValueError, match="names 'reward'"):
-        check_artefacts(BackboneSpec("x", lora=LoraArgs(ranks={"reward": 4})), LAYOUTS["pe"])
+        read_stages(BackboneSpec("x", lora=LoraArgs(ranks={"reward": 4})), LAYOUTS["pe"])
 
 
 @pytest.mark.parametrize(
@@ -191,7 +179,7 @@ def test_rank_of_a_set_that_is_only_read():
         (["q_proj"], "gpt2", r"named 'q_proj'; linear layers of GPT2LMHeadModel: c_attn, c_fc, c_proj"),
         (["layers.7.mlp.up_proj"], "llama", r"named 'layers.7.mlp.up_proj'"),
         ("q_proj", "llama", r"no module path matches the regular expression \(a list names modules\) 'q_proj'"),
-        (r".*\.(q|v", "llama", r"is no regular expression"),
+        (r".*\.(q|v", "llama", r"is not a regular expression"),
         (["mlp"], "llama", r"LlamaMLP"),
     ],
 )
@@ -226,7 +214,7 @@ def chain(run_stage, base_model):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpoint_gives_the_same_readings_back(kind, chain, batch):
+def test_checkpoint_gives_the_same_outputs_back(kind, chain, batch):
     path, backbone = chain("plain", kind)
     stage = StageCheckpoint.read(path)
     assert stage.spec.lora == KINDS[kind]
@@ -278,7 +266,7 @@ def test_peft_reads_the_export_alone(kind, family, make_model, run_stage, tmp_pa
     torch.testing.assert_close(logits(again, batch), expected)
     config = again.peft_config["default"]
     assert (config.r, config.use_dora, config.use_rslora) == (
-        spec.lora.for_set("sft").r,
+        spec.lora.for_adapter("sft").r,
         spec.lora.use_dora,
         spec.lora.use_rslora,
     )
@@ -313,7 +301,7 @@ def test_stacked_dora_has_no_single_adapter(first, second, chain, batch):
 
 
 @pytest.mark.parametrize("kind", ["plain", "dora"])
-def test_model_for_inference_keeps_a_single_set_apart(kind, chain, batch):
+def test_model_for_inference_keeps_a_single_adapter_apart(kind, chain, batch):
     path, backbone = chain(kind, None)
     model = StageCheckpoint.read(path).role_model("actor").for_inference()
     assert [name for name, _ in model.named_parameters() if "lora_A" in name]

@@ -16,8 +16,8 @@ from lit_rlhf.backbone import (
     LoraArgs,
     StageCheckpoint,
     build_backbone,
-    check_artefacts,
     load_language_model,
+    read_stages,
     supervised_layout,
 )
 from lit_rlhf.backbone import quantization as room
@@ -78,9 +78,9 @@ def close(ours, expected):
 def test_whole_trunks_cannot_be_trained_quantised(kind):
     spec = BackboneSpec("./no_such_folder", quantization=kind)
     with pytest.raises(ValueError, match=rf"quantization {kind} needs frozen trunks, .* trains 'actor', 'critic'"):
-        check_artefacts(spec, LAYOUTS["full"])
+        read_stages(spec, LAYOUTS["full"])
     with pytest.raises(ValueError, match="trains 'trunk' as a whole"):
-        check_artefacts(spec, supervised_layout(HYDRA, lora=False))
+        read_stages(spec, supervised_layout(HYDRA, lora=False))
 
 
 def test_bitsandbytes_is_not_installed(monkeypatch):
@@ -88,7 +88,7 @@ def test_bitsandbytes_is_not_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
     spec = BackboneSpec("./no_such_folder", lora=lora(), quantization="nf4")
     with pytest.raises(ImportError, match="quantization nf4 needs: pip install bitsandbytes"):
-        check_artefacts(spec, supervised_layout(HYDRA, lora=True))
+        read_stages(spec, supervised_layout(HYDRA, lora=True))
 
 
 def test_no_cuda_device(monkeypatch):
@@ -104,7 +104,7 @@ def test_dora_needs_nf4(monkeypatch):
     monkeypatch.setattr(room, "_device_is_there", lambda: True)
     spec = BackboneSpec("./no_such_folder", lora=lora(use_dora=True), quantization="int8")
     with pytest.raises(ValueError, match=r"lora.use_dora does not work with quantization int8; choose nf4"):
-        check_artefacts(spec, supervised_layout(HYDRA, lora=True))
+        read_stages(spec, supervised_layout(HYDRA, lora=True))
 
 
 # --- quantised trunks -----------------------------------------------------------------

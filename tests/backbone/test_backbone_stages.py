@@ -1,74 +1,15 @@
-"""A later stage starts exactly where the earlier one ended, through any chain; wrong files say so."""
+"""A later stage starts exactly where the earlier one ended, through any chain."""
 
-import copy
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from stage_helpers import HYDRA, REWARD, ROLES, SFT, close, logits, lora, read
 from transformers import AutoModelForCausalLM
 
-from lit_rlhf.backbone import (
-    LAYOUTS,
-    BackboneSpec,
-    LoraArgs,
-    StageCheckpoint,
-    build_backbone,
-    check_artefacts,
-    supervised_layout,
-)
-from lit_rlhf.backbone.lora_sets import concatenate
-from lit_rlhf.checkpoints.files import CheckpointError
-
-ROLES = ("actor", "critic", "reference", "reward")
-SFT = {"actor": "lm"}
-REWARD = {"reward": "reward"}
-HYDRA = {"actor": "lm", "reward": "reward"}
-
-
-def lora(r=4, **changes):
-    return LoraArgs(r=r, alpha=2 * r, **changes)
-
-
-def close(ours, expected):
-    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def read(backbone, roles, batch):
-    return backbone(roles, *batch)
-
-
-@torch.no_grad()
-def logits(model, batch):
-    """Of the first row, which has no padding."""
-    return model(input_ids=batch.tokens[:1]).logits
-
-
-@pytest.fixture
-def sft(run_stage, base_model):
-    return run_stage("sft", BackboneSpec(base_model, lora=lora()), supervised_layout(SFT, lora=True))
-
-
-@pytest.fixture
-def hydra_sft(run_stage, base_model):
-    return run_stage("hydra_sft", BackboneSpec(base_model, lora=lora()), supervised_layout(HYDRA, lora=True), seed=2)
-
-
-@pytest.fixture
-def reward_model(run_stage, base_model, sft):
-    """LoRA reward model on the SFT checkpoint, other rank, scaling and targets than the SFT's."""
-    settings = lora(3, use_rslora=True, target_modules=["q_proj", "o_proj"])
-    spec = BackboneSpec(base_model, lora=settings, policy_checkpoint=sft[0])
-    return run_stage("reward_model", spec, supervised_layout(REWARD, lora=True), seed=3)
-
-
-@pytest.fixture
-def ppo(run_stage, base_model, hydra_sft):
-    settings = lora(2, use_rslora=True, target_modules=["q_proj", "v_proj", "up_proj"])
-    spec = BackboneSpec(base_model, lora=settings, policy_checkpoint=hydra_sft[0])
-    return run_stage("ppo", spec, LAYOUTS["hydra"], seed=4)
-
+from lit_rlhf.backbone import LAYOUTS, BackboneSpec, StageCheckpoint, build_backbone, supervised_layout
+from lit_rlhf.backbone.adapter_tensors import concatenate
 
 # --- starting where the stage ended ---------------------------------------------------
 
@@ -151,7 +92,7 @@ def test_pe_reads_the_reward_models_own_set_frozen(base_model, sft, reward_model
     close(found["reward"], read(reward_model[1], ("reward",), batch)["reward"])
     close(found["reference"], read(sft[1], ("actor",), batch)["actor"])
     frozen = {name: p for name, p in backbone.named_parameters() if ".reward." in name and "lora_" in name}
-    saved = StageCheckpoint.read(reward_model[0]).lora_set("reward")
+    saved = StageCheckpoint.read(reward_model[0]).adapter("reward")
     assert len(frozen) == len(saved.tensors) == 2 * 2 * 2  # A and B, two layers, two modules
     assert not any(p.requires_grad for p in frozen.values())
     assert not set(frozen) & set(backbone.trainable_names)
@@ -215,8 +156,8 @@ def test_chain_is_found_through_the_record(base_model, hydra_sft, ppo, batch):
     assert stage.layout == LAYOUTS["hydra"]
     assert stage.spec.lora == lora(2, use_rslora=True, target_modules=["q_proj", "v_proj", "up_proj"])
     found = stage.role_model("actor")
-    assert [s.args.r for s in found.sets] == [4, 2]
-    assert [s.args.r for s in stage.role_model("reference").sets] == [4]
+    assert [s.args.r for s in found.adapters] == [4, 2]
+    assert [s.args.r for s in stage.role_model("reference").adapters] == [4]
     plain = AutoModelForCausalLM.from_pretrained(base_model)
     for key, value in plain.state_dict().items():
         assert torch.equal(found.base.state_dict()[key], value), key
@@ -271,7 +212,7 @@ def test_three_stages(base_model, run_stage, ppo, batch):
     path, backbone = run_stage("again", spec, layout, seed=6)
     close(read(backbone, ("reference",), batch)["reference"], read(ppo[1], ("actor",), batch)["actor"])
     found = StageCheckpoint.read(path).role_model("actor")
-    assert [s.args.r for s in found.sets] == [4, 2, 1]
+    assert [s.args.r for s in found.adapters] == [4, 2, 1]
     with torch.no_grad(), backbone.use("actor") as model:
         close(logits(found.as_peft().eval(), batch), logits(model, batch))
 
@@ -279,12 +220,12 @@ def test_three_stages(base_model, run_stage, ppo, batch):
 def test_summed_set_is_exact_where_modules_differ(ppo, hydra_sft):
     """Against the update written out module by module, in float64."""
     found = StageCheckpoint.read(ppo[0]).role_model("actor")
-    summed = concatenate(found.sets)
+    summed = concatenate(found.adapters)
     assert summed.scaling == 1
     for name in {key.rsplit(".lora_", 1)[0] for key in summed.tensors}:
         expected = sum(
             s.scaling * s.tensors[f"{name}.lora_B.weight"].double() @ s.tensors[f"{name}.lora_A.weight"].double()
-            for s in found.sets
+            for s in found.adapters
             if f"{name}.lora_A.weight" in s.tensors
         )
         a, b = summed.tensors[f"{name}.lora_A.weight"], summed.tensors[f"{name}.lora_B.weight"]
@@ -343,157 +284,10 @@ def test_record_holds_absolute_paths(run_stage, base_model, sft, monkeypatch, tm
     monkeypatch.chdir("/")
     stage = StageCheckpoint.read(path)
     assert stage.spec.policy_checkpoint == sft[0]
-    assert len(stage.role_model("actor").sets) == 2
+    assert len(stage.role_model("actor").adapters) == 2
 
 
 def test_checkpoint_holds_trained_tensors_only(ppo):
     state = StageCheckpoint.read(ppo[0]).state
     assert all(".lora_" in key or key.startswith("backbone.heads.value.") for key in state)
     assert os.path.getsize(ppo[0]) < 60_000
-
-
-# --- reward heads belong to the trunk they were trained on ----------------------------
-
-
-@pytest.mark.parametrize("layout", ["hydra", "j_hydra"])
-def test_reward_head_of_another_trunk_is_refused(layout, base_model, sft, reward_model, hydra_sft, ppo):
-    """The head alone would be read on the policy's trunk: plausible scores that mean nothing."""
-    for policy, reward in [
-        (sft[0], reward_model[0]),
-        (None, hydra_sft[0]),
-        (hydra_sft[0], reward_model[0]),
-        (ppo[0], None),
-    ]:
-        spec = BackboneSpec(base_model, lora=lora(), policy_checkpoint=policy, reward_checkpoint=reward)
-        with pytest.raises(ValueError, match="trained on another trunk"):
-            check_artefacts(spec, LAYOUTS[layout])
-    check_artefacts(BackboneSpec(base_model, lora=lora(), policy_checkpoint=hydra_sft[0]), LAYOUTS[layout])
-    both = BackboneSpec(base_model, lora=lora(), policy_checkpoint=hydra_sft[0], reward_checkpoint=hydra_sft[0])
-    check_artefacts(both, LAYOUTS[layout])
-
-
-def test_reward_head_left_behind_by_a_later_stage_is_refused(run_stage, base_model, hydra_sft):
-    spec = BackboneSpec(base_model, lora=lora(), policy_checkpoint=hydra_sft[0])
-    path, _ = run_stage("sft_again", spec, supervised_layout(SFT, lora=True))
-    for layout in ("hydra", "dynamic_lora"):
-        with pytest.raises(ValueError, match="trained on another trunk"):
-            build_backbone(BackboneSpec(base_model, lora=lora(), policy_checkpoint=path), LAYOUTS[layout])
-    spec = BackboneSpec(base_model, lora=lora(), policy_checkpoint=path, reward_checkpoint=hydra_sft[0])
-    check_artefacts(spec, LAYOUTS["dynamic_lora"])
-
-
-# --- errors ---------------------------------------------------------------------------
-
-
-def test_missing_file(base_model):
-    spec = BackboneSpec(base_model, lora=lora(), policy_checkpoint="/nowhere/last.ckpt")
-    with pytest.raises(CheckpointError, match=r"/nowhere/last.ckpt does not exist; give the .ckpt file"):
-        build_backbone(spec, LAYOUTS["hydra"])
-
-
-def test_missing_file_along_the_chain(ppo, hydra_sft):
-    Path(hydra_sft[0]).unlink()
-    with pytest.raises(CheckpointError, match=r"hydra_sft.ckpt does not exist"):
-        StageCheckpoint.read(ppo[0]).role_model("actor")
-
-
-@pytest.mark.parametrize("keep", [0.0, 0.1, 0.5, 0.99])
-def test_torn_file(keep, sft):
-    content = Path(sft[0]).read_bytes()
-    Path(sft[0]).write_bytes(content[: int(len(content) * keep)])
-    with pytest.raises(ValueError, match=r"sft.ckpt (cannot be read: it is torn|is empty)"):
-        StageCheckpoint.read(sft[0])
-
-
-@pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], {"lit_rlhf": {"format": 999}}, {"lit_rlhf": 3}])
-def test_foreign_checkpoint(content, tmp_path):
-    torch.save(content, tmp_path / "foreign.ckpt")
-    with pytest.raises(
-        ValueError,
-        match=r"foreign.ckpt (was not written by|is a file of torch's but no checkpoint)",
-    ):
-        StageCheckpoint.read(tmp_path / "foreign.ckpt")
-
-
-class Payload:
-    ran = False
-
-    def __reduce__(self):
-        return (setattr, (Payload, "ran", True))
-
-
-def test_pickled_code_is_refused(run_stage, base_model):
-    spec = BackboneSpec(base_model, lora=lora())
-    path, _ = run_stage("evil", spec, supervised_layout(SFT, lora=True), callbacks={"x": Payload()})
-    with pytest.raises(ValueError, match=r"evil.ckpt is refused: it holds .*, and reading it could run code"):
-        StageCheckpoint.read(path)
-    assert not Payload.ran
-
-
-def test_missing_reward_head(base_model, sft):
-    for policy in (None, sft[0]):
-        with pytest.raises(ValueError, match="needs a trained reward head: give policy_checkpoint a Hydra-SFT"):
-            build_backbone(BackboneSpec(base_model, lora=lora(), policy_checkpoint=policy), LAYOUTS["hydra"])
-
-
-def test_wrong_role(sft):
-    with pytest.raises(ValueError, match=r"sft.ckpt holds the roles \['actor'\], not 'reward'"):
-        StageCheckpoint.read(sft[0]).role_model("reward")
-    with pytest.raises(ValueError, match="not 'judge'"):
-        StageCheckpoint.read(sft[0]).lora_set("judge")
-
-
-def test_model_mismatch(make_model, tmp_path, hydra_sft):
-    make_model(seed=5).save_pretrained(tmp_path / "rival")
-    spec = BackboneSpec(str(tmp_path / "rival"), lora=lora(), policy_checkpoint=hydra_sft[0])
-    with pytest.raises(ValueError, match=r"was trained from model '.*base', but model is '.*rival'"):
-        build_backbone(spec, LAYOUTS["hydra"])
-
-
-def test_policy_checkpoint_without_a_policy(base_model, reward_model):
-    spec = BackboneSpec(base_model, lora=lora(), policy_checkpoint=reward_model[0])
-    with pytest.raises(ValueError, match=r"reward_model.ckpt holds no policy \(no actor role\)"):
-        build_backbone(spec, LAYOUTS["hydra"])
-
-
-def test_pe_needs_a_lora_reward_model_of_the_same_policy(run_stage, base_model, sft, reward_model, hydra_sft):
-    path, _ = run_stage("full_rm", BackboneSpec(base_model), supervised_layout(REWARD, lora=False))
-    with pytest.raises(ValueError, match="give reward_checkpoint a RewardModel that was trained with lora"):
-        build_backbone(BackboneSpec(base_model, lora=lora(), reward_checkpoint=path), LAYOUTS["pe"])
-    with pytest.raises(ValueError, match="give reward_checkpoint a RewardModel that was trained with lora"):
-        build_backbone(BackboneSpec(base_model, lora=lora(), policy_checkpoint=hydra_sft[0]), LAYOUTS["pe"])
-    for policy in (None, hydra_sft[0]):
-        spec = BackboneSpec(base_model, lora=lora(), policy_checkpoint=policy, reward_checkpoint=reward_model[0])
-        with pytest.raises(ValueError, match=r"was trained on policy checkpoint .*sft.ckpt, not on"):
-            build_backbone(spec, LAYOUTS["pe"])
-
-
-def test_weights_that_do_not_fit_the_base_model(make_model, hydra_sft, base_model, run_stage):
-    """The folder's model was replaced since."""
-    full, _ = run_stage("full", BackboneSpec(base_model), supervised_layout(SFT, lora=False))
-    make_model("gpt2").save_pretrained(base_model)
-    with pytest.raises(ValueError, match=r"does not fit|not found in the base model"):
-        StageCheckpoint.read(hydra_sft[0]).role_model("actor").merged()
-    with pytest.raises(ValueError, match=r"full.ckpt does not fit"):
-        StageCheckpoint.read(full).role_model("actor")
-
-
-def test_lora_set_with_missing_tensors_is_refused(sft):
-    content = torch.load(sft[0])
-    content["state_dict"].pop(next(key for key in content["state_dict"] if "lora_B" in key))
-    torch.save(content, sft[0])
-    with pytest.raises(ValueError, match="LoRA set does not fit the model"):
-        StageCheckpoint.read(sft[0]).role_model("actor").merged()
-
-
-def test_reading_changes_no_file(ppo, hydra_sft):
-    """Tensors are mapped from the file; merging and training must not write through."""
-    before = [Path(path).read_bytes() for path in (ppo[0], hydra_sft[0])]
-    stage = StageCheckpoint.read(ppo[0])
-    backbone = build_backbone(copy.copy(stage.spec), stage.layout)
-    with torch.no_grad():
-        for parameter in backbone.parameters():
-            parameter.add_(1)
-        for parameter in stage.role_model("actor").as_peft().parameters():
-            parameter.add_(1)
-    assert [Path(path).read_bytes() for path in (ppo[0], hydra_sft[0])] == before

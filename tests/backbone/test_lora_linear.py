@@ -148,4 +148,4 @@ def test_layers_of_other_kinds_stay_pefts():
     inject_adapter_in_model(LoraConfig(r=4, target_modules=["0"]), model)
     use_fused_layers(model)
     assert isinstance(model[0], LoraLinear)
-    assert model[0]._single_set(torch.zeros(1, 12)) is None
+    assert model[0]._single_adapter(torch.zeros(1, 12)) is None

@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lit_rlhf import PromptData
-from lit_rlhf.backbone.stages import read_checkpoint
 from lit_rlhf.checkpoints import AtomicCheckpointIO, CheckpointError
+from lit_rlhf.checkpoints.records import read_checkpoint
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 

@@ -216,7 +216,7 @@ VALUES = [
         "target that is not there", "--model.lora.target_modules=[q_proj,qproj]", "no module is named 'qproj'; linear"
     ),
     value("pattern that matches nothing", "--model.lora.target_modules=.*attn$x", "no module path matches"),
-    value("pattern that is none", "--model.lora.target_modules=(q_proj", "is no regular expression"),
+    value("pattern that is none", "--model.lora.target_modules=(q_proj", "is not a regular expression"),
     value("embedding as target", "--model.lora.target_modules=[embed_tokens]", "embedding cannot carry LoRA"),
     value("norm as target", "--model.lora.target_modules=[input_layernorm]", "input_layernorm"),
     value("unknown layout", "--model.layout=hydro", "layout must be one of full, lora"),
@@ -372,7 +372,7 @@ DATA = [
 
 MODELS = [
     model("missing folder", None, "model './none': not a model folder", "./none"),
-    model("missing random folder", None, "none is no folder; random:tiny ships", "random:none"),
+    model("missing random folder", None, "none is not a folder; random:tiny ships", "random:none"),
     model("missing package", None, "package no_such_package is not installed", "package:no_such_package"),
     model("package without a model", None, "holds no .gguf file", "package:yaml"),
     model("missing GGUF file", None, "no such GGUF file", "none.gguf"),

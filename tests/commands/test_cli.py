@@ -204,7 +204,7 @@ def test_generate_and_export_agree_with_plain_peft_and_transformers(
     fit(config, run_folder)
     checkpoint = str(run_folder / "checkpoints" / "last.ckpt")
     stage = StageCheckpoint.read(checkpoint)
-    assert len(stage.role_model("actor").sets) == 2  # Hydra-SFT's set and PPO's on top of it
+    assert len(stage.role_model("actor").adapters) == 2  # Hydra-SFT's set and PPO's on top of it
     prompts = write_jsonl(run_folder / "p.jsonl", [{"prompt": "The plot of the film was"}, {"prompt": "The cast"}])
     generation = ["--prompts", prompts, "--greedy", "true", "--max_new_tokens", "12"]
     main(["generate", checkpoint, *generation, "--out", "own.jsonl"])

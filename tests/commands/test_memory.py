@@ -59,7 +59,7 @@ def test_layouts_can_be_chosen_and_the_critic_left_out(capsys: pytest.CaptureFix
     ("words", "message"),
     [
         ([], "give --model NAME"),
-        (["--model", "random:nowhere"], "is no folder"),
+        (["--model", "random:nowhere"], "is not a folder"),
         (["--model", "gpt2", "--layout", "hydraa"], "layout must be one of"),
         (["--model", "gpt2", "--prompt_length", "1024"], "the model reads 1024 tokens at most"),
         (["--model", "gpt2", "--fit", "many"], "size 'many' is not understood"),

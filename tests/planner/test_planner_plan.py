@@ -8,8 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PretrainedConfig
 
-from lit_rlhf.backbone import LAYOUTS, Backbone, LoraArgs
-from lit_rlhf.backbone.stages import LoraSet
+from lit_rlhf.backbone import LAYOUTS, Backbone, LoraArgs, LoraSet
 from lit_rlhf.planner import (
     SHAPES,
     LiveBytes,

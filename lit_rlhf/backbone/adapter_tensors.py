@@ -1,4 +1,4 @@
-"""LoRA sets as tensors: attached to a model, summed into one, merged into its weights."""
+"""Adapters as tensors: attached to a model, summed into one, merged into its weights."""
 
 import re
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ from lit_rlhf.errors import ConfigError
 
 
 @dataclass
-class LoraSet:
-    """One LoRA set outside a model.
+class Adapter:
+    """One adapter outside a model.
 
     Args:
         args: Its configuration.
@@ -35,34 +35,38 @@ class LoraSet:
         return self.args.scaling
 
 
+# The former name, for code written against earlier versions.
+LoraSet = Adapter
+
+
 @dataclass
 class RoleModel:
-    """A base model and the LoRA sets stacked on it, in the order they were trained."""
+    """A base model and the adapters stacked on it, in the order they were trained."""
 
     base: PreTrainedModel
-    sets: list[LoraSet]
+    adapters: list[Adapter]
 
     def merged(self) -> PreTrainedModel:
-        """Fold the sets into the base weights, once, and return it."""
-        for lora_set in self.sets:
-            attached = attach_lora(self.base, lora_set.args.to_peft(), lora_set.tensors)
+        """Fold the adapters into the base weights, once, and return it."""
+        for adapter in self.adapters:
+            attached = attach_lora(self.base, adapter.args.to_peft(), adapter.tensors)
             self.base = attached.merge_and_unload()
-        self.sets = []
+        self.adapters = []
         return self.base
 
-    def summed(self) -> LoraSet | None:
-        """Return the stacked sets as one; None where there are none.
+    def summed(self) -> Adapter | None:
+        """Return the stacked adapters as one; None where there are none.
 
         Raises:
             ValueError: There are several, and one of them is DoRA.
         """
-        return concatenate(self.sets) if len(self.sets) > 1 else next(iter(self.sets), None)
+        return concatenate(self.adapters) if len(self.adapters) > 1 else next(iter(self.adapters), None)
 
     def as_peft(self) -> PeftModel:
-        """Return one PEFT model with one set, the exact sum of the stacked ones, active as ``default``.
+        """Return one PEFT model with one adapter, the exact sum of the stacked ones, active as ``default``.
 
         Raises:
-            ValueError: There is no LoRA set (the role's trunk was trained in full), or the sets have no sum.
+            ValueError: There is no adapter (the role's trunk was trained in full), or the adapters have no sum.
         """
         summed = self.summed()
         if summed is None:
@@ -70,8 +74,8 @@ class RoleModel:
         return attach_lora(self.base, summed.args.to_peft(), summed.tensors)
 
     def for_inference(self) -> PreTrainedModel:
-        """Return a model to read: LoRA layers inside where the sets have a sum, else merged."""
-        if not self.sets or (len(self.sets) > 1 and any(s.args.use_dora for s in self.sets)):
+        """Return a model in eval mode: LoRA layers inside where the adapters have a sum, else merged."""
+        if not self.adapters or (len(self.adapters) > 1 and any(a.args.use_dora for a in self.adapters)):
             return self.merged()
         model = self.as_peft().eval().get_base_model()
         use_fused_layers(model)
@@ -79,7 +83,7 @@ class RoleModel:
 
 
 def attach_lora(model: PreTrainedModel, config: LoraConfig, tensors: dict[str, Tensor]) -> PeftModel:
-    """Wrap a model with one LoRA set named ``default`` and load its tensors.
+    """Wrap a model with one adapter named ``default`` and load its tensors.
 
     Raises:
         ValueError: The tensors do not fit the model.
@@ -93,63 +97,60 @@ def attach_lora(model: PreTrainedModel, config: LoraConfig, tensors: dict[str, T
     return attached
 
 
-def concatenate(sets: list[LoraSet]) -> LoraSet:
-    """Return one set of the summed rank whose ``B @ A`` is the sum of the scaled updates of all.
+def concatenate(adapters: list[Adapter]) -> Adapter:
+    """Return one adapter of the summed rank whose ``B @ A`` is the sum of the scaled updates of all.
 
-    Sets that adapt different modules are padded with zeros.
+    Adapters of different modules are padded with zeros.
 
     Raises:
-        ValueError: One of several sets is DoRA, which rescales what the sets below it left.
+        ValueError: One of several adapters is DoRA, which rescales what the adapters below it left.
     """
-    if any(s.args.use_dora for s in sets):
+    if any(adapter.args.use_dora for adapter in adapters):
         raise ConfigError(
-            "DoRA sets of several stages are no sum, so no single PEFT adapter equals them; export with "
+            "DoRA adapters of several stages have no sum, so no single PEFT adapter equals them; export with "
             "`--format merged`, and give the merged folder as `model` where a stage is to start from it"
         )
-    rank = sum(s.args.r for s in sets)
-    modules = {
-        name.rsplit(".lora_A.weight", 1)[0] for s in sets for name in s.tensors if name.endswith("lora_A.weight")
-    }
+    suffix = ".lora_A.weight"
+    modules = sorted({n.removesuffix(suffix) for a in adapters for n in a.tensors if n.endswith(suffix)})
     tensors: dict[str, Tensor] = {}
-    for module in sorted(modules):
-        owner = next(s for s in sets if f"{module}.lora_A.weight" in s.tensors)
-        columns, rows = (
-            owner.tensors[f"{module}.lora_A.weight"].shape[1],
-            owner.tensors[f"{module}.lora_B.weight"].shape[0],
-        )
+    for module in modules:
+        name_a, name_b = f"{module}{suffix}", f"{module}.lora_B.weight"
+        owner = next(adapter for adapter in adapters if name_a in adapter.tensors)
+        columns, rows = owner.tensors[name_a].shape[1], owner.tensors[name_b].shape[0]
         a_parts, b_parts = [], []
-        for s in sets:
-            a = s.tensors.get(f"{module}.lora_A.weight")
-            a_parts.append(torch.zeros(s.args.r, columns) if a is None else a.float())
-            b_parts.append(
-                torch.zeros(rows, s.args.r) if a is None else s.tensors[f"{module}.lora_B.weight"].float() * s.scaling
-            )
-        tensors[f"{module}.lora_A.weight"] = torch.cat(a_parts)
-        tensors[f"{module}.lora_B.weight"] = torch.cat(b_parts, dim=1)
-    targets = sorted({m.removeprefix("base_model.model.") for m in modules})
-    return LoraSet(LoraArgs(r=rank, alpha=float(rank), target_modules=targets), tensors)
+        for adapter in adapters:
+            if name_a in adapter.tensors:
+                a_parts.append(adapter.tensors[name_a].float())
+                b_parts.append(adapter.tensors[name_b].float() * adapter.scaling)
+            else:
+                a_parts.append(torch.zeros(adapter.args.r, columns))
+                b_parts.append(torch.zeros(rows, adapter.args.r))
+        tensors[name_a], tensors[name_b] = torch.cat(a_parts), torch.cat(b_parts, dim=1)
+    rank = sum(adapter.args.r for adapter in adapters)
+    targets = [module.removeprefix("base_model.model.") for module in modules]
+    return Adapter(LoraArgs(r=rank, alpha=float(rank), target_modules=targets), tensors)
 
 
-def set_of(parameter: str) -> str | None:
-    """Return the LoRA set that a parameter's name says (``….lora_A.actor.weight``), None for other parameters."""
+def adapter_of(parameter: str) -> str | None:
+    """Return the adapter that a parameter's name says (``….lora_A.actor.weight``), None for other parameters."""
     *_, kind, name, _ = ["", "", *parameter.split(".")]
     return name if kind.startswith("lora_") else None
 
 
-def attach_sets(model: PreTrainedModel, sets: Mapping[str, LoraArgs | LoraSet]) -> PeftModel:
-    """Wrap a model with named LoRA sets.
+def attach_adapters(model: PreTrainedModel, adapters: Mapping[str, LoraArgs | Adapter]) -> PeftModel:
+    """Wrap a model with named adapters.
 
     Args:
         model: Changed in place: LoRA layers take the place of linear ones.
-        sets: Name to the settings of a set that starts at zero, or to a set whose tensors are loaded.
+        adapters: Name to the settings of an adapter that starts at zero, or to an adapter whose tensors are loaded.
 
     Raises:
         ValueError: The settings name modules that the model does not have, or tensors do not fit it.
     """
-    fresh = {name: entry for name, entry in sets.items() if isinstance(entry, LoraArgs)}
+    fresh = {name: entry for name, entry in adapters.items() if isinstance(entry, LoraArgs)}
     for args in fresh.values():
         check_targets(model, args)
-    configs = {n: (entry if isinstance(entry, LoraArgs) else entry.args).to_peft() for n, entry in sets.items()}
+    configs = {n: (entry if isinstance(entry, LoraArgs) else entry.args).to_peft() for n, entry in adapters.items()}
     first, *others = configs
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         # The initial A is the same wherever the backbone is built (Lightning builds on the GPU). Only the
@@ -160,26 +161,26 @@ def attach_sets(model: PreTrainedModel, sets: Mapping[str, LoraArgs | LoraSet]) 
             wrapped.add_adapter(name, configs[name])
     assert isinstance(wrapped, PeftModel)
     _refuse_embeddings(wrapped)
-    for name, entry in sets.items():
-        if isinstance(entry, LoraSet):
+    for name, entry in adapters.items():
+        if isinstance(entry, Adapter):
             renamed = {k.removesuffix(".weight") + f".{name}.weight": v for k, v in entry.tensors.items()}
             unexpected = wrapped.load_state_dict(renamed, strict=False).unexpected_keys
             if unexpected:
-                raise ConfigError(f"LoRA set {name!r} does not fit its trunk: {unexpected[:3]} ...")
+                raise ConfigError(f"adapter {name!r} does not fit its trunk: {unexpected[:3]} ...")
     _start_magnitudes(wrapped, [name for name, args in fresh.items() if args.use_dora])
     use_fused_layers(wrapped)
     return wrapped
 
 
 def check_targets(model: PreTrainedModel, args: LoraArgs) -> None:
-    """Refuse targets that match nothing, where PEFT trains the rest without a word, or what cannot carry LoRA.
+    """Refuse targets that match nothing (PEFT would silently train the rest), or that cannot carry LoRA.
 
     Args:
         model: Plain; its weights may be on the meta device.
         args: The settings.
 
     Raises:
-        ValueError: A target is no regular expression, matches no module, or one that is no linear layer.
+        ValueError: A target is not a regular expression, matches no module, or matches one that is not a linear layer.
     """
     targets = args.target_modules
     if isinstance(targets, str) and targets.lower() == "all-linear":
@@ -190,7 +191,7 @@ def check_targets(model: PreTrainedModel, args: LoraArgs) -> None:
         try:
             matched = {targets: [name for name in modules if re.fullmatch(targets, name)]}
         except re.error as error:
-            raise ConfigError(f"lora.target_modules {targets!r} is no regular expression: {error}") from error
+            raise ConfigError(f"lora.target_modules {targets!r} is not a regular expression: {error}") from error
         kind = "no module path matches the regular expression (a list names modules)"
     else:
         matched = {t: [name for name in modules if name == t or name.endswith(f".{t}")] for t in targets}
@@ -210,7 +211,7 @@ def check_targets(model: PreTrainedModel, args: LoraArgs) -> None:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Say whether a module is a linear layer of any kind: torch's, transformers' Conv1D, or a quantised one."""
+    """Say whether a module is a linear layer of any kind: torch's, transformers' Conv1D, or a quantized one."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding)
 
@@ -224,11 +225,13 @@ def _refuse_embeddings(wrapped: PeftModel) -> None:
 
 
 def _start_magnitudes(wrapped: PeftModel, names: list[str]) -> None:
-    """Compute DoRA's starting magnitudes in float32: rounded to a 16-bit trunk's dtype, a new set would not be "off".
+    """Compute DoRA's starting magnitudes in float32.
+
+    Rounded to a 16-bit trunk's dtype they would change what the trunk computes, before anything is trained.
 
     Args:
         wrapped: A model with LoRA layers.
-        names: Its DoRA sets that start at zero.
+        names: Its DoRA adapters that start at zero.
     """
     for layer in wrapped.modules():
         if not isinstance(layer, LoraLayer):

@@ -117,7 +117,7 @@ def some_slow(bad: Bad) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("bad", map(some_slow, EVERY))
+@pytest.mark.parametrize("bad", [some_slow(bad) for bad in EVERY])
 def test_a_bad_input_gets_its_message_and_loads_no_weights(
     bad: Bad, folder: Path, loads: list[str], request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,7 +5,7 @@ import itertools
 import os
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,15 @@ HYDRA_STAGES = {
 }
 
 
-def each_file_once(commands: list[Command]) -> Iterator[Any]:
-    """The commands; those of which each file stands in an earlier one too are slow, and those on several ranks."""
+def each_file_once(commands: list[Command]) -> list[Any]:
+    """Return the commands; those all of whose files stand in an earlier one are slow, and those on several ranks."""
     seen: set[Path] = set()
+    cases = []
     for command in commands:
         known = seen.issuperset(command.files) or command.ranks > 1
-        yield pytest.param(command, id=str(command), marks=pytest.mark.slow if known else ())
+        cases.append(pytest.param(command, id=str(command), marks=pytest.mark.slow if known else ()))
         seen.update(command.files)
+    return cases
 
 
 @pytest.fixture(scope="session")

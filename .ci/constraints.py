@@ -2,8 +2,8 @@
 
 ``python .ci/constraints.py make [REQUIREMENT ...]`` resolves the newest releases that pyproject.toml and the given
 requirements allow (``torch==2.13.0`` holds torch there) and writes ``.ci/constraints.txt``. Commit that file only
-after ``.ci/run`` has passed with it. ``python .ci/constraints.py moved`` prints a table of the packages that the
-running interpreter has in another version.
+after ``.ci/run`` has passed with it. ``python .ci/constraints.py moved``, run where ``.ci/newest`` has installed the
+newest releases, prints a table of the packages whose version is not the constrained one.
 """
 
 import importlib.metadata
@@ -83,9 +83,10 @@ def installed() -> dict[str, str]:
 
 
 def differences(pins: dict[str, str], found: dict[str, str]) -> list[tuple[str, str, str]]:
-    """Return (package, constrained, installed) where they differ; "-" stands for a package that only one side has.
+    """Return (package, constrained, found) where they differ, with "-" for a package that is not constrained.
 
-    A package that is constrained but not installed belongs to an extra that this environment was made without.
+    What is constrained but not found belongs to an extra that the environment was made without. An environment's own
+    pip and setuptools are left out.
     """
     found = portable(found)
     return [(n, pins.get(n, "-"), v) for n, v in found.items() if pins.get(n) != v and n not in ("pip", "setuptools")]
@@ -93,13 +94,13 @@ def differences(pins: dict[str, str], found: dict[str, str]) -> list[tuple[str, 
 
 def table(rows: list[tuple[str, str, str]]) -> str:
     """Return rows as text in columns, under their titles."""
-    rows = [("package", "constrained", "installed"), *rows]
+    rows = [("package", "constrained", "newest"), *rows]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def moved() -> None:
-    """Print what the running interpreter's environment has in other versions than the constrained ones."""
+    """Print the table for the running interpreter's environment."""
     rows = differences(read_pins(FILE.read_text()), installed())
     print(table(rows) if rows else "nothing moved: every installed package has its constrained version")
 

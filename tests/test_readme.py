@@ -111,7 +111,7 @@ def test_the_constraints_script_drops_what_is_not_portable_and_says_what_moved(c
     rows = constraints.differences(pins, found)
     assert rows == [("new", "-", "1.0"), ("torch", "2.13.0", "2.14.0")]
     assert constraints.table(rows).splitlines() == [
-        "package  constrained  installed",
+        "package  constrained  newest",
         "new      -            1.0",
         "torch    2.13.0       2.14.0",
     ]

@@ -79,6 +79,26 @@ with quantization_device() if quantization else nullcontext():
 """
 
 
+Case = tuple[str, ...]
+Changes = dict[Case, dict[str, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def alone() -> Changes:
+    """What the step of one process changes, by case: every strategy is compared with the same run."""
+    return {}
+
+
+def change_by(folder: Path, data_folder: Path, case: Case, plan: str, accumulate: int) -> dict[str, torch.Tensor]:
+    """Take the step and return the change of each weight."""
+    script = folder / "run.py"
+    script.write_text(RUN)
+    arguments = [str(Path(__file__).parents[1]), str(folder), str(data_folder / "prompts.jsonl"), *case]
+    command = [sys.executable, str(script), *arguments, plan, str(accumulate)]
+    subprocess.run(command, check=True, timeout=300, capture_output=True)
+    return torch.load(folder / f"{plan}.pt", weights_only=True)
+
+
 CASES = [
     ("PPO", "hydra", 1),
     pytest.param("ReMax", "hydra", 2, marks=pytest.mark.slow),
@@ -92,46 +112,37 @@ CASES = [
 @pytest.mark.parametrize(("algorithm", "layout", "accumulate"), CASES)
 def test_two_processes_step_as_one(
     algorithm: str, layout: str, accumulate: int, strategy: str, data_folder: Path, hydra_checkpoint: Path,
-    full_reward_checkpoint: Path, tmp_path: Path,
+    full_reward_checkpoint: Path, tmp_path: Path, alone: Changes,
 ) -> None:  # fmt: skip
     reward = str(full_reward_checkpoint) if layout == "full" else ""
-    compare(tmp_path, data_folder, [algorithm, layout, str(hydra_checkpoint), reward, ""], strategy, accumulate)
+    case = (algorithm, layout, str(hydra_checkpoint), reward, "")
+    compare(tmp_path, data_folder, case, strategy, accumulate, alone)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["zero2", "mesh"])
 def test_other_ways_to_shard_step_as_one(
-    strategy: str, data_folder: Path, hydra_checkpoint: Path, tmp_path: Path
+    strategy: str, data_folder: Path, hydra_checkpoint: Path, tmp_path: Path, alone: Changes
 ) -> None:
-    compare(tmp_path, data_folder, ["PPO", "hydra", str(hydra_checkpoint), "", ""], strategy, 1)
+    compare(tmp_path, data_folder, ("PPO", "hydra", str(hydra_checkpoint), "", ""), strategy, 1, alone)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_step_as_one_on_a_quantised_trunk(
-    strategy: str, data_folder: Path, hydra_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    strategy: str, data_folder: Path, hydra_checkpoint: Path, tmp_path: Path, alone: Changes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Every rank quantises for itself, here a model that is no folder."""
     pytest.importorskip("bitsandbytes")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # both ranks run on the CPU
-    compare(tmp_path, data_folder, ["PPO", "hydra", str(hydra_checkpoint), "", "nf4"], strategy, 1)
+    compare(tmp_path, data_folder, ("PPO", "hydra", str(hydra_checkpoint), "", "nf4"), strategy, 1, alone)
 
 
-def compare(folder: Path, data_folder: Path, case: list[str], strategy: str, accumulate: int) -> None:
-    script = folder / "run.py"
-    script.write_text(RUN)
-    start = [
-        sys.executable,
-        str(script),
-        str(Path(__file__).parents[1]),
-        str(folder),
-        str(data_folder / "prompts.jsonl"),
-    ]
-    changes = []
-    for plan, parts in (("auto", 1), (strategy, accumulate)):
-        subprocess.run([*start, *case, plan, str(parts)], check=True, timeout=300, capture_output=True)
-        changes.append(torch.load(folder / f"{plan}.pt", weights_only=True))
-    one, two = changes
+def compare(folder: Path, data_folder: Path, case: Case, strategy: str, accumulate: int, alone: Changes) -> None:
+    if case not in alone:
+        alone[case] = change_by(folder, data_folder, case, "auto", 1)
+    one, two = alone[case], change_by(folder, data_folder, case, strategy, accumulate)
     assert one.keys() == two.keys()
     for name, change in one.items():
         scale = float(change.abs().max())

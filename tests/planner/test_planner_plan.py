@@ -101,10 +101,13 @@ def test_the_cache_is_full_at_the_end_of_generation() -> None:
     assert prediction.phases["generation"]["kv_cache"] == kv_cache_bytes(small(), 4, 64, "bfloat16")
 
 
+QUICK = [("sft", True), ("hydra", False), ("full", False)]
+OTHERS = [(name, checkpointing) for name in NAMES for checkpointing in (False, True)]
+
+
 @pytest.mark.parametrize(
     ("name", "checkpointing"),
-    [("sft", True), ("hydra", False), ("full", False)]
-    + [pytest.param(n, c, marks=pytest.mark.slow) for n in NAMES for c in (False, True)],
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS if case not in QUICK)],
 )
 def test_two_shallow_runs_give_the_numbers_of_the_whole_model(
     name: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch

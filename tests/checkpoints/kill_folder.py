@@ -44,15 +44,17 @@ def in_ranks(work: Callable[[int], Any]) -> list[Any] | None:
         if not (pid := os.fork()):
             be(rank, work)
         pids.append(pid)
-    killed = False
+    killed, failed = False, False
     while pids:
         pid, status = os.wait()
         pids.remove(pid)
-        if status and not killed:
-            assert os.WIFSIGNALED(status), f"a rank of group {groups} failed"
+        if os.WIFSIGNALED(status) and not killed:
             killed = True
             for other in pids:
                 os.kill(other, signal.SIGKILL)
+        failed |= status != 0
+    # A killed rank's peers may notice, fail, and be waited for before it.
+    assert killed or not failed, f"a rank of group {groups} failed"
     return None if killed else [json.loads((folder / f"said{rank}").read_text()) for rank in range(world)]
 
 

@@ -136,7 +136,9 @@ def test_a_first_write_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch
 
 def disturb(folder: Path, world: int, every: int, how: str) -> list[dict[str, Any]]:
     command = [sys.executable, str(Path(__file__).parent / "kill_folder.py"), str(folder), str(world), str(every), how]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    searched = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": searched}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 

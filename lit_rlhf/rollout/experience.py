@@ -1,7 +1,6 @@
 """The record of one rollout."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -12,11 +11,6 @@ class UnsetFieldError(AttributeError, ValueError):
     """A field of an experience was read before the step that fills it."""
 
 
-def _unset() -> Any:
-    return None
-
-
-@dataclass(repr=False, eq=False)
 class Experience:
     """Responses to N prompts and what was computed about them. Every tensor's first axis is the sample.
 
@@ -52,15 +46,24 @@ class Experience:
     attention_mask: Tensor
     mask: Tensor
     truncated: Tensor
-    log_probs: Tensor = field(default_factory=_unset)
-    ref_log_probs: Tensor = field(default_factory=_unset)
-    values: Tensor = field(default_factory=_unset)
-    scores: Tensor = field(default_factory=_unset)
-    advantages: Tensor = field(default_factory=_unset)
-    returns: Tensor = field(default_factory=_unset)
-    greedy: "Experience" = field(default_factory=_unset)
+    log_probs: Tensor
+    ref_log_probs: Tensor
+    values: Tensor
+    scores: Tensor
+    advantages: Tensor
+    returns: Tensor
+    greedy: "Experience"
     count: Tensor | None = None
     left_out: bool = False
+
+    # Not a dataclass: what walks over dataclasses (FSDP, Lightning) would read the fields that are not filled.
+    def __init__(self, tokens: Tensor, attention_mask: Tensor, mask: Tensor, truncated: Tensor, **filled: Any) -> None:
+        known = type(self).__annotations__
+        if unknown := sorted(filled.keys() - known.keys()):
+            raise TypeError(f"an Experience has no field {unknown[0]!r}; its fields are {', '.join(known)}")
+        given = {"tokens": tokens, "attention_mask": attention_mask, "mask": mask, "truncated": truncated, **filled}
+        for name, value in given.items():
+            setattr(self, name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if value is None:
@@ -70,7 +73,7 @@ class Experience:
 
     def __getattr__(self, name: str) -> Any:
         # Python asks here for what is not set.
-        if name in type(self).__dataclass_fields__:
+        if name in type(self).__annotations__:
             raise UnsetFieldError(f"experience has no {name} yet: the step that fills it has not run")
         raise AttributeError(f"an Experience has no field {name!r}")
 

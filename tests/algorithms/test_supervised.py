@@ -110,5 +110,5 @@ def test_a_lora_reward_model_leaves_its_trunk_alone(pairs: PreferenceData, tmp_p
 
 
 def test_a_negative_gamma_is_refused() -> None:
-    with pytest.raises(ValueError, match="gamma must not be negative"):
-        HydraSFT(model=TINY, optimizer=adamw(), gamma=-1.0)
+    with pytest.raises(ValueError, match="gamma must be at least 0, got -1"):
+        HydraSFT(model=TINY, optimizer=adamw(), gamma=-1.0).check_settings()

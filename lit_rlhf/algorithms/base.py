@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.algorithms.settings import layout_problems, optimizer_problems, precision_problems
+from lit_rlhf.algorithms.settings import check_data, layout_problems, optimizer_problems, precision_problems
 from lit_rlhf.backbone import (
     RECORD_KEY,
     Backbone,
@@ -21,7 +21,6 @@ from lit_rlhf.backbone import (
     Quantization,
     Stages,
     build_backbone,
-    check_model,
     compile_layers,
     complete_spec,
     describe_part,
@@ -94,8 +93,6 @@ class BackboneModule(L.LightningModule):
         self._stages: Stages | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
-    # ---- before any weights load --------------------------------------------------------------------------------
-
     def make_layout(self) -> Layout:
         """Return the layout of this run; the one thing a new kind of stage has to say about its model."""
         raise NotImplementedError(f"{type(self).__name__} must define make_layout")
@@ -136,23 +133,12 @@ class BackboneModule(L.LightningModule):
         self.check_settings()
         if not hasattr(self, "backbone"):
             self._stages = read_stages(self.spec, self.make_layout())
-        data = getattr(self.trainer, "datamodule", None)
-        parts: list[Any] = [getattr(data, name, None) for name in ("train_dataset", "val_dataset")]
-        known = [part for part in parts if hasattr(part, "longest")]
-        check_model(
-            self.spec,
-            self.tokenizer,
-            max((part.longest() for part in known), default=0),
-            self.sampled_tokens,
-            lambda: max(part.largest_id() for part in known),
-            {} if self._stages is None else self._stages.parents,
-        )
+        parents = {} if self._stages is None else self._stages.parents
+        check_data(getattr(self.trainer, "datamodule", None), self.spec, self.tokenizer, self.sampled_tokens, parents)
 
     def configure_callbacks(self) -> list[Callback]:
         """Guard every run's numbers, checkpoints and end; a subclass adds its own."""
         return [NumericalGuard(self.on_non_finite), SafeCheckpoints(), self.sigterm_callback()]
-
-    # ---- the model ----------------------------------------------------------------------------------------------
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -208,8 +194,6 @@ class BackboneModule(L.LightningModule):
         monitor = getattr(scheduler, "monitor", None)
         schedule = {"scheduler": scheduler, "interval": self.lr_interval, "monitor": monitor}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
-
-    # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the trained tensors only."""

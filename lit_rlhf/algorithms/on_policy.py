@@ -141,8 +141,7 @@ class OnPolicyModule(BackboneModule):
 
     def make_layout(self) -> Layout:
         """Return the named layout, restricted to the roles this algorithm and its reward read."""
-        rated = ("reward",) if self.collector.reward.needs_reward_role else ()
-        return self.layout.restricted_to(self.roles + rated)
+        return self.layout.restricted_to(self.roles + self.collector.roles)
 
     def configure_callbacks(self) -> list[Callback]:
         """Put the rollout buffer in place; the user's YAML need not name it."""
@@ -151,9 +150,7 @@ class OnPolicyModule(BackboneModule):
 
     def rollout(self, prompts: dict[str, Any]) -> tuple[Experience, list[dict[str, Any]]]:
         """Collect one iteration's experience, and log its means; see :meth:`Collector.collect`."""
-        experience, rows, metrics = self.collector.collect(self, prompts)
-        self.log_all("rollout", metrics)
-        return experience, rows
+        return self.collector.collect(self, prompts)
 
     def sample(self, prompts: dict[str, Any]) -> Experience:
         """Hook: return ``samples_per_prompt`` responses to each of N prompts, those to one prompt together."""
@@ -168,12 +165,7 @@ class OnPolicyModule(BackboneModule):
         raise NotImplementedError(f"{type(self).__name__} must define estimate")
 
     def policy_loss(self, log_probs: Tensor, minibatch: Experience) -> tuple[Tensor, dict[str, Tensor]]:
-        """Hook: return the policy's loss and its statistics for the log.
-
-        Args:
-            log_probs: ``[B, T]`` float32, the responses' under the current policy; the gradient flows through them.
-            minibatch: B samples.
-        """
+        """Hook: return the loss of ``[B, T]`` log-probs under the current policy, and statistics for the log."""
         raise NotImplementedError(f"{type(self).__name__} must define policy_loss, or loss")
 
     def loss(self, minibatch: Experience) -> Tensor:
@@ -195,8 +187,7 @@ class OnPolicyModule(BackboneModule):
 
     def log_probs(self, minibatch: Experience) -> Tensor:
         """Return ``[B, T]`` log-probs of the responses under the current policy; the gradient flows through them."""
-        log_probs: Tensor = self.backbone(("actor",), *minibatch.inputs, **self.pass_options())["actor"]
-        return log_probs
+        return self.backbone(("actor",), *minibatch.inputs, **self.pass_options())["actor"]
 
     def shaped_scores(self, experience: Experience) -> Tensor:
         """Return ``[N]`` scores as they enter the token rewards; see :meth:`RewardScaler.shape`."""
@@ -223,15 +214,11 @@ class OnPolicyModule(BackboneModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Sample on held-out prompts; log score, KL and length."""
-        self._evaluate("val", batch)
+        self.collector.evaluate(self, batch, "val")
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """As validation, under ``test/``."""
-        self._evaluate("test", batch)
-
-    def _evaluate(self, prefix: str, batch: dict[str, Any]) -> None:
-        metrics = self.collector.evaluate(self, batch)
-        self.log_all(prefix, metrics, batch_size=len(batch["tokens"]), on_step=False, on_epoch=True)
+        self.collector.evaluate(self, batch, "test")
 
     @torch.no_grad()
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, str]]:

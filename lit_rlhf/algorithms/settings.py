@@ -1,11 +1,13 @@
-"""Checks of settings: each returns what is wrong, one line a problem."""
+"""Checks before any weights load: of settings, each returning what is wrong in one line a problem, and of data."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.backbone import Layout, LoraArgs
+from lit_rlhf.backbone import BackboneSpec, Layout, LoraArgs, StageCheckpoint, check_model
 
 
 def out_of_range(
@@ -62,3 +64,38 @@ def precision_problems(precision: object) -> list[str]:
         f"precision {precision} would cast adapters, heads and optimizer state too. Use "
         "trainer.precision: 32-true with model.dtype: bfloat16: only the trunk is stored in 16 bits"
     ]
+
+
+class Measured(Protocol):
+    """A tokenized dataset that can say how far its tokens reach."""
+
+    def longest(self) -> int:
+        """Return the tokens of its longest row."""
+
+    def largest_id(self) -> int:
+        """Return its largest token id."""
+
+
+def check_data(
+    data: object,
+    spec: BackboneSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    sampled_tokens: int,
+    parents: Mapping[str, StageCheckpoint],
+) -> None:
+    """Refuse data that the model cannot read.
+
+    Args:
+        data: The data module; its ``train_dataset`` and ``val_dataset`` are looked into where they are measured.
+        spec: Where the model comes from.
+        tokenizer: The run's.
+        sampled_tokens: Most tokens that are sampled behind each sequence.
+        parents: The checkpoints that the run starts from, by path.
+
+    Raises:
+        ConfigError: See :func:`lit_rlhf.backbone.check_model`.
+    """
+    parts = [getattr(data, name, None) for name in ("train_dataset", "val_dataset")]
+    known: list[Measured] = [part for part in parts if part is not None and hasattr(part, "longest")]
+    longest = max((part.longest() for part in known), default=0)
+    check_model(spec, tokenizer, longest, sampled_tokens, lambda: max(part.largest_id() for part in known), parents)

@@ -48,6 +48,11 @@ class Collector:
     trained_as_one: bool = False
     skip_non_finite: bool = False
 
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that rating a response reads."""
+        return ("reward",) if self.reward.needs_reward_role else ()
+
     def problems(self) -> list[str]:
         """Return what is wrong with the settings, one line each."""
         found = self.sampling.problems()
@@ -58,15 +63,15 @@ class Collector:
         return found
 
     @torch.no_grad()
-    def collect(self, policy: Policy, prompts: dict[str, Any]) -> tuple[Experience, list[Row], dict[str, float]]:
-        """Collect one iteration's experience.
+    def collect(self, policy: Policy, prompts: dict[str, Any]) -> tuple[Experience, list[Row]]:
+        """Collect one iteration's experience, and log its means under ``rollout/``.
 
         Args:
             policy: The module in training; its hooks ``sample``, ``score`` and ``estimate`` are called.
             prompts: A prompt batch: ``tokens`` [N, P] long, ``attention_mask`` [N, P] bool, ``prompts``, ``columns``.
 
         Returns:
-            The experience, ready for the loss; its samples as text; and its means over all ranks, to be logged.
+            The experience, ready for the loss, and its samples as text.
         """
         with phase(policy, "generation"), fail_together(policy):
             experience = self._sample(policy, prompts)
@@ -78,12 +83,13 @@ class Collector:
             if not experience.left_out:
                 policy.reward_scaler.update(experience.scores, lambda tensor: sum_over_ranks(policy, tensor))
             policy.estimate(experience)
-        metrics = {**self.measure(policy, experience), "kl_coef": policy.kl.value}
+        metrics = self.measure(policy, experience)
+        policy.log_all("rollout", {**metrics, "kl_coef": policy.kl.value})
         if not experience.left_out:
             policy.kl.update(metrics["kl"], len(experience) * world_size(policy))
         experience.greedy = None  # type: ignore[assignment]
         texts = zip(scored.prompts, scored.responses, experience.scores.tolist(), strict=True)
-        return experience, [{"prompt": p, "response": r, "score": s} for p, r, s in texts], metrics
+        return experience, [{"prompt": p, "response": r, "score": s} for p, r, s in texts]
 
     def _sample(self, policy: Policy, prompts: dict[str, Any]) -> Experience:
         try:
@@ -193,9 +199,10 @@ class Collector:
         return {name: total / n for name, total, n in zip(columns, totals, rows, strict=True)}
 
     @torch.no_grad()
-    def evaluate(self, policy: Policy, prompts: dict[str, Any]) -> dict[str, float]:
-        """Sample one response to each prompt and score it; return their means over all ranks."""
+    def evaluate(self, policy: Policy, prompts: dict[str, Any], prefix: str) -> None:
+        """Sample one response to each prompt and score it; log their means over all ranks under ``prefix/``."""
         with phase(policy, "evaluation"):
             experience = self.generate(policy, prompts)
             policy.score(experience, prompts)
-        return self.measure(policy, experience)
+        metrics = self.measure(policy, experience)
+        policy.log_all(prefix, metrics, batch_size=len(experience), on_step=False, on_epoch=True)

@@ -1,6 +1,6 @@
 """What a rollout needs of the module that is trained."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -32,6 +32,9 @@ class Policy(InTraining, Protocol):
     @property
     def eos_ids(self) -> list[int]:
         """Every token id that ends a response."""
+
+    def log_all(self, prefix: str, values: Mapping[str, Tensor | float], **kwargs: Any) -> None:
+        """Log values under ``prefix/``."""
 
     def sample(self, prompts: dict[str, Any]) -> Experience:
         """Sample responses to a batch of prompts."""

@@ -76,11 +76,30 @@ class TrunkWeights:
         return found
 
 
+@dataclass
+class _Contents:
+    """What a checkpoint file holds."""
+
+    spec: BackboneSpec
+    layout: Layout
+    state: dict[str, Tensor]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the trained tensors."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state.items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
 class StageReader:
     """Reads the checkpoints of a chain of stages, each file once, its tensors mapped lazily."""
 
     def __init__(self) -> None:
-        self._read: dict[Path, StageCheckpoint] = {}
+        # The files' contents, not checkpoints, which refer to this reader: in a circle tensors would outlive their use.
+        self._read: dict[Path, _Contents] = {}
 
     def read(self, path: str | Path) -> "StageCheckpoint":
         """Return a checkpoint; see :func:`lit_rlhf.checkpoints.records.read_checkpoint` for the errors."""
@@ -88,9 +107,10 @@ class StageReader:
         if place not in self._read:
             content = read_checkpoint(path)
             record = content[RECORD_KEY]
-            spec, layout = read_spec(record["spec"]), read_layout(record["layout"])
-            self._read[place] = StageCheckpoint(Path(path), spec, layout, content["state_dict"], self)
-        return self._read[place]
+            self._read[place] = _Contents(
+                read_spec(record["spec"]), read_layout(record["layout"]), content["state_dict"]
+            )
+        return StageCheckpoint(Path(path), self._read[place], self)
 
     def parent(self, spec: BackboneSpec, artefact: ArtefactName) -> "StageCheckpoint | None":
         """Return the checkpoint that this artefact of a stage comes from; None is the base model.
@@ -129,31 +149,38 @@ class StageCheckpoint:
 
     Args:
         path: Its file.
-        spec: Where the stage's own weights started.
-        layout: The stage's layout.
-        state: The trained tensors by their names in the LightningModule.
+        contents: What it holds.
         reader: Reads the checkpoints that the stage itself started from.
     """
 
     path: Path
-    spec: BackboneSpec
-    layout: Layout
-    state: dict[str, Tensor]
-    reader: StageReader = field(default_factory=StageReader, repr=False)
+    contents: _Contents
+    reader: StageReader
 
     @classmethod
     def read(cls, path: str | Path) -> "StageCheckpoint":
         """Read a checkpoint file; see :func:`lit_rlhf.checkpoints.records.read_checkpoint` for the errors."""
         return StageReader().read(path)
 
-    @cached_property
+    @property
+    def spec(self) -> BackboneSpec:
+        """Where the stage's own weights started."""
+        return self.contents.spec
+
+    @property
+    def layout(self) -> Layout:
+        """The stage's layout."""
+        return self.contents.layout
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The trained tensors by their names in the LightningModule."""
+        return self.contents.state
+
+    @property
     def fingerprint(self) -> str:
-        """A hash of the trained tensors."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state.items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """A hash of the trained tensors, computed once a file."""
+        return self.contents.fingerprint
 
     def check_base(self, spec: BackboneSpec) -> None:
         """Raise ValueError where the stage was trained from another base model than ``spec.model``."""

@@ -112,16 +112,19 @@ class CLI(LightningCLI):
             print(f"lit-rlhf: {cause}", file=sys.stderr)
             raise SystemExit(1) from error
 
-    def _check_checkpoint(self) -> None:
+    def _check(self, max_epochs: int | None = None) -> None:
+        """Refuse settings before a log folder is made, and a checkpoint to resume before any weights load."""
+        for part in (self.model, self.datamodule):
+            if hasattr(part, "check_settings"):
+                part.check_settings()
         if path := self._get(self.config, "ckpt_path"):
-            self.model.check_checkpoint(str(path))
+            self.model.check_checkpoint(str(path), max_epochs)
 
     def before_fit(self) -> None:
-        """Check the checkpoint to resume; LightningCLI calls this, and would restore after the weights have loaded."""
-        if path := self._get(self.config, "ckpt_path"):
-            self.model.check_checkpoint(str(path), self.trainer.max_epochs)
+        """Check everything that can be checked; LightningCLI calls this, as the other ``before_`` methods."""
+        self._check(self.trainer.max_epochs)
 
-    before_validate = before_test = before_predict = _check_checkpoint
+    before_validate = before_test = before_predict = _check
 
     def _check_strategy(self) -> None:
         """Refuse a strategy before Lightning asks for its package or its accelerator."""

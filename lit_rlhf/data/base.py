@@ -56,8 +56,7 @@ class TextData(LightningDataModule, ABC, Generic[TokensT]):
         batch_size: Rows per batch and device.
         num_workers: Processes that build batches; 0 builds them in the training process.
 
-    Raises:
-        ConfigError: An argument is out of range; all such arguments are reported together.
+    Settings are checked in `setup`, before any file is read.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class TextData(LightningDataModule, ABC, Generic[TokensT]):
         """Length limits and EOS policy."""
         return TokenizeOptions(self.max_prompt_length, drop_overlong_prompts=self.drop_overlong_prompts)
 
-    def _problems(self) -> list[str]:
+    def problems(self) -> list[str]:
         """What is wrong with the settings; a module with more settings adds to it."""
         size = self.validation_size
         columns = (self.fields.prompt, self.fields.chosen, self.fields.rejected)
@@ -134,9 +133,13 @@ class TextData(LightningDataModule, ABC, Generic[TokensT]):
             problems.append(str(error))
         return problems
 
-    def _check_settings(self) -> None:
-        """Raise one ConfigError with everything that is wrong; each module's constructor ends with this."""
-        if problems := self._problems():
+    def check_settings(self) -> None:
+        """Refuse settings that cannot work, all of them at once; no files are read.
+
+        Raises:
+            ConfigError: There are :meth:`problems`.
+        """
+        if problems := self.problems():
             raise ConfigError("; ".join(problems))
 
     def prepare_data(self) -> None:
@@ -158,7 +161,7 @@ class TextData(LightningDataModule, ABC, Generic[TokensT]):
         """
         if self.train_dataset is not None:
             return
-        self._check_settings()
+        self.check_settings()
         tokenizer = self._find_tokenizer()
         self.pad_id = pad_token_id(tokenizer)
         bad = BadRows(self.on_bad_row)

@@ -44,8 +44,6 @@ class ResponseData(TextData[TokensT]):
         eval_batch_size: Rows per validation batch and device; None for `batch_size`.
         kwargs: Arguments of `TextData`.
 
-    Raises:
-        ConfigError: An argument is out of range.
     """
 
     def __init__(
@@ -74,8 +72,9 @@ class ResponseData(TextData[TokensT]):
             append_eos=self.append_eos,
         )
 
-    def _problems(self) -> list[str]:
-        return super()._problems() + unmet(
+    def problems(self) -> list[str]:
+        """Add the settings of this module."""
+        return super().problems() + unmet(
             at_least_1("max_response_length", self.max_response_length),
             at_least_1("eval_batch_size", self.eval_batch_size, or_none=True),
         )
@@ -111,18 +110,16 @@ class PreferenceData(ResponseData[PairTokens]):
             difference of scores or ranks; None for every two responses that differ in it. Ties give no pair.
         kwargs: Arguments of `ResponseData` and `TextData`.
 
-    Raises:
-        ConfigError: An argument is out of range.
     """
 
     def __init__(self, pairs_per_prompt: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.pairs_per_prompt = pairs_per_prompt
-        self._check_settings()
 
-    def _problems(self) -> list[str]:
+    def problems(self) -> list[str]:
+        """Add the settings of this module."""
         acts = self.pairs_per_prompt is None or self.becomes_rankings
-        return super()._problems() + unmet(
+        return super().problems() + unmet(
             at_least_1("pairs_per_prompt", self.pairs_per_prompt, or_none=True),
             (acts, f"pairs_per_prompt does not act on format {self.format!r}"),
         )
@@ -146,18 +143,16 @@ class InstructionData(ResponseData[InstructionTokens]):
         response_column: Field of the response; a row without it gives its `chosen_column`.
         kwargs: Arguments of `ResponseData` and `TextData`.
 
-    Raises:
-        ConfigError: An argument is out of range.
     """
 
     def __init__(self, response_column: str = "response", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.fields = replace(self.fields, response=response_column)
-        self._check_settings()
 
-    def _problems(self) -> list[str]:
+    def problems(self) -> list[str]:
+        """Add the settings of this module."""
         acts = self.fields.response == "response" or not self.becomes_rankings
-        return super()._problems() + unmet((acts, f"response_column does not act on format {self.format!r}"))
+        return super().problems() + unmet((acts, f"response_column does not act on format {self.format!r}"))
 
     def parse(self, row: Row) -> Instruction:
         """Turn a row into an instruction, see `parse_instruction`."""
@@ -178,13 +173,7 @@ class PromptData(TextData[PromptTokens]):
     Args:
         kwargs: Arguments of `TextData`.
 
-    Raises:
-        ConfigError: An argument is out of range.
     """
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._check_settings()
 
     def parse(self, row: Row) -> Prompt:
         """Turn a row into a prompt, see `parse_prompt`."""

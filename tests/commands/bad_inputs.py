@@ -306,7 +306,7 @@ VALUES = [
     value(
         "preference weight",
         "--model=HydraSFT --model.gamma=-1 --data=PreferenceData --data.train=pairs.jsonl",
-        "gamma must not be negative",
+        "gamma must be at least 0, got -1",
         base="sft",
     ),
     value(

@@ -124,7 +124,7 @@ def test_limits_that_leave_nothing_are_an_error(source):
 )
 def test_arguments_are_checked_together(kind, kwargs, fragments):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (matched below)
-        kind(train="x.jsonl", **kwargs)
+        kind(train="x.jsonl", **kwargs).check_settings()
     for fragment in fragments:
         assert fragment in str(caught.value)
 

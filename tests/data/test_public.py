@@ -190,7 +190,7 @@ def test_validation_source_has_the_same_format(write):
 )
 def test_arguments_that_do_not_go_together(kind, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        kind(train="x.jsonl", **kwargs)
+        kind(train="x.jsonl", **kwargs).check_settings()
 
 
 HH_ROW = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}

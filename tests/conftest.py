@@ -1,6 +1,8 @@
 """Fixtures shared by all rooms."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Two BLAS threads on a small shared machine spin against each other; the models here are tiny.
@@ -16,6 +18,15 @@ from helpers import OPENINGS, TINY, adamw, make_trainer, write_jsonl
 from lit_rlhf import HydraSFT, LoraArgs, PreferenceData, PromptData, RewardModel
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def finish_wandb() -> Iterator[None]:
+    """A W&B run that a test leaves open would take in what the next one of this process logs."""
+    yield
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
 
 
 @pytest.fixture(scope="session")

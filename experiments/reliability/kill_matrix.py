@@ -35,7 +35,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from lit_rlhf.callbacks import AtomicCheckpointIO
+from lit_rlhf.checkpoints import AtomicCheckpointIO
 from lit_rlhf.checkpoints.folders import read_rest
 from lit_rlhf.cli import main as lit_rlhf
 from lit_rlhf.commands import trainer as _  # noqa: F401  (imported before the forks)

@@ -103,7 +103,7 @@ class ActorCriticModule(OnPolicyModule):
     def loss_passes(self) -> list[tuple[str, ...]]:
         """One pass where actor and critic share it, or only the trainer may run backward; else the critic's first."""
         shared = len(self.backbone.passes(("actor", "critic"))) == 1
-        if shared or only_trainer_may_differentiate(self, self.backbone.is_sharded):
+        if shared or only_trainer_may_differentiate(self):
             return [("actor", "critic")]
         return [("critic",), ("actor",)]
 

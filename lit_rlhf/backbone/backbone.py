@@ -131,6 +131,11 @@ class Backbone(nn.Module):
         """Whether FSDP2 has sharded it; parameters cannot tell, since gathered ones look like any others."""
         return any(isinstance(module, FSDPModule) for module in self.modules())
 
+    @property
+    def in_step(self) -> bool:
+        """Whether a forward pass needs every rank, since it gathers weights from all of them."""
+        return self.is_sharded
+
     def language_model(self, trunk: str) -> PreTrainedModel:
         """Return a trunk's Hugging Face model, LoRA layers inside."""
         module = self.trunks[trunk]
@@ -223,17 +228,19 @@ class Backbone(nn.Module):
     ) -> dict[str, Tensor]:
         """Read roles with their graph, and keep it: :meth:`forward` hands it out once, to this very tensor of tokens.
 
-        So a batch that is scored and then trained on, with no update in between, costs one pass instead of two. Not for
-        a sharded backbone, whose graph must begin in the training step.
+        So a batch that is scored and then trained on, with no update in between, costs one pass instead of two. A
+        sharded backbone records nothing: its graph must begin in the training step.
 
         Args:
             roles, tokens, attention_mask, mask, entropy, value_gradient: See :meth:`forward`; they are part of what has
                 to be the same.
 
         Returns:
-            What :meth:`forward` returns, detached.
+            What :meth:`forward` returns, detached; nothing where nothing was recorded.
         """
         self.forget()
+        if self.is_sharded:
+            return {}
         with torch.enable_grad():
             outputs = self(roles, tokens, attention_mask, mask, entropy=entropy, value_gradient=value_gradient)
         options = {"entropy": entropy, "value_gradient": value_gradient}

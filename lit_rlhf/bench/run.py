@@ -153,6 +153,7 @@ class Recorder(PhaseListener):
     """
 
     def __init__(self, updates: int, meter: Meter | None = None) -> None:
+        super().__init__()
         self.updates = updates
         self.meter = meter
         self.work = WorkCounter()

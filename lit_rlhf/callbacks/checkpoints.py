@@ -58,6 +58,7 @@ class SaveAtEpochEnd(Checkpoint):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._held: list[tuple[ModelCheckpoint, float | None]] = []
         self._due: list[ModelCheckpoint] = []
 

@@ -7,21 +7,19 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from lit_rlhf.rollout.non_finite import (
     bad_columns,
     bad_rows,
-    local_shard,
     only_bad,
     place,
     raise_non_finite,
     say_parameters,
     say_samples,
 )
-from lit_rlhf.strategies.ranks import any_rank, join_texts
+from lit_rlhf.strategies.ranks import any_rank, join_texts, local_shard
 
 OnNonFinite = Literal["raise", "skip_step"]
 SKIPS_IN_A_ROW = 100
@@ -178,8 +176,8 @@ def _say_batch(module: Any, batch: Any) -> str:
         return ""  # a batch of a module of the user's own
     try:
         rows = bad_columns(fields)
-        # A pass over a sharded model needs every rank.
-        if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        # Other ranks may have nothing to explain.
+        if not module.backbone.in_step:
             rows |= _bad_outputs(module, batch)
         return say_samples(rows, _texts(module, batch))
     except Exception as error:  # the first error matters more than this one

@@ -40,6 +40,7 @@ class MemoryPhases(PhaseListener):
     """
 
     def __init__(self, empty_cache: EmptyCache = "never", snapshot: bool = False) -> None:
+        super().__init__()
         if empty_cache not in BOUNDARIES:
             raise ConfigError(f"empty_cache must be one of {', '.join(BOUNDARIES)}, got {empty_cache!r}")
         self.empty_cache = empty_cache

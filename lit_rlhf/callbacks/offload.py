@@ -7,11 +7,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_rlhf.errors import ConfigError
 from lit_rlhf.rollout.phases import PhaseListener
+from lit_rlhf.strategies.ranks import is_shard
 
 
 class OffloadOptimizerState(PhaseListener):
@@ -52,7 +52,7 @@ def move_state(optimizer: Optimizer, device: torch.device) -> None:
         ValueError: The state is sharded.
     """
     for state, name, tensor in _moments(optimizer):
-        if isinstance(tensor, DTensor):
+        if is_shard(tensor):
             raise ConfigError("OffloadOptimizerState cannot move a sharded optimizer's state; leave it out under FSDP2")
         if device.type == "cpu" and tensor.device.type != "cpu":
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")

@@ -13,6 +13,7 @@ class TrainingPhase(Callback):
     """Marks everything of an epoch after its rollout as the training phase."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._stack = ExitStack()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -35,6 +36,7 @@ class PhaseTimer(PhaseListener):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._running: list[str] = []
         self._since = 0.0
         self._seconds: dict[str, float] = defaultdict(float)

@@ -16,6 +16,7 @@ class SampleTable(Callback):
     """
 
     def __init__(self, count: int = 8) -> None:
+        super().__init__()
         self.count = count
 
     @rank_zero_only

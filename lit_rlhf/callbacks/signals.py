@@ -35,6 +35,7 @@ class StopOnSigterm(PhaseListener, Checkpoint):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._received = False
         self._before: Any = None
         self._report: str | None = None

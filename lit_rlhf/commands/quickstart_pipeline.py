@@ -225,6 +225,7 @@ class Curves(L.Callback):
     """Keeps score, gold score and KL of each iteration. The policy never sees the gold score."""
 
     def __init__(self, gold: report.GoldScorer) -> None:
+        super().__init__()
         self.gold = gold
         self.rows: list[dict[str, float]] = []
 

@@ -112,7 +112,7 @@ class Collector:
                 samples=samples,
                 greedy=greedy,
                 batch_size=self.batch_size,
-                in_step=policy.backbone.is_sharded,
+                in_step=policy.backbone.in_step,
                 keep_log_probs=self._keeps_log_probs(policy),
             )
 
@@ -150,12 +150,12 @@ class Collector:
         fields = {"actor": "log_probs", "critic": "values"}
         wanted = any(not hasattr(experience, fields[role]) for role in roles)
         at_once = self.trained_as_one and self.batch_size >= len(experience)
-        if not (wanted and at_once) or trainer_of(policy) is None or policy.backbone.is_sharded:
+        if not (wanted and at_once) or trainer_of(policy) is None:
             return
         outputs = policy.backbone.record(roles, *experience.inputs, **policy.pass_options())
-        for role in roles:
-            if not hasattr(experience, fields[role]):
-                setattr(experience, fields[role], outputs[role])
+        for role, output in outputs.items():
+            if role in fields and not hasattr(experience, fields[role]):
+                setattr(experience, fields[role], output)
 
     def _read(self, policy: Policy, roles: tuple[str, ...], experience: Experience) -> dict[str, Tensor]:
         def read(part: Experience) -> dict[str, Tensor]:

@@ -55,6 +55,7 @@ class TransformersEngine(Engine):
     gives_log_probs = True
 
     def __init__(self, cache: Literal["dynamic", "static"] = "dynamic", compile: bool = False) -> None:
+        super().__init__()
         if compile and cache != "static":
             raise ConfigError("engine.compile needs engine.cache: static; the steps of a growing cache differ in shape")
         self.compile = compile

@@ -16,6 +16,7 @@ class KLController(ABC):
     """Holds the KL coefficient; subclass it to write another schedule."""
 
     def __init__(self, coefficient: float) -> None:
+        super().__init__()
         self._value = _check_number("coefficient", coefficient, positive=False)
 
     @property

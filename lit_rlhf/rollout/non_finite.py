@@ -6,13 +6,12 @@ from typing import Any, NoReturn
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lit_rlhf.checkpoints import last_checkpoint
 from lit_rlhf.errors import NonFiniteError
 from lit_rlhf.rollout.experience import Experience
 from lit_rlhf.rollout.rewards import Scored
-from lit_rlhf.strategies.ranks import InTraining, any_rank, join_texts, trainer_of
+from lit_rlhf.strategies.ranks import InTraining, any_rank, join_texts, local_shard, trainer_of
 
 SHOWN_SAMPLES = 3
 SHOWN_CHARACTERS = 120
@@ -129,11 +128,6 @@ def only_bad(rows: dict[str, Tensor]) -> dict[str, Tensor]:
         return {}
     kept = torch.stack([flags.any() for flags in rows.values()]).tolist()
     return {name: flags for (name, flags), keep in zip(rows.items(), kept, strict=True) if keep}
-
-
-def local_shard(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a sharded tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def say_parameters(tensors: Mapping[str, Tensor], what: str) -> str:

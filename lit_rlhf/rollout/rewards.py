@@ -64,6 +64,7 @@ class FunctionReward(Reward):
     """
 
     def __init__(self, function: Callable[..., Sequence[float]], timeout: float | None = None) -> None:
+        super().__init__()
         if timeout is not None and timeout <= 0:
             raise ConfigError(f"timeout must be positive or null, got {timeout}")
         self.function = function
@@ -164,6 +165,7 @@ class WeightedReward(Reward):
     """
 
     def __init__(self, rewards: list[Reward], weights: list[float]) -> None:
+        super().__init__()
         if len(rewards) != len(weights) or not rewards:
             raise ConfigError(f"WeightedReward: {len(rewards)} rewards need as many weights, got {len(weights)}")
         self.rewards, self.weights = rewards, weights

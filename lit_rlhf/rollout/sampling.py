@@ -177,6 +177,7 @@ class DrawnToken(LogitsProcessor):
     """
 
     def __init__(self, sampler: Sampler, prompt_length: int) -> None:
+        super().__init__()
         self._sampler = sampler
         self._prompt_length = prompt_length
         self.log_probs: list[Tensor] = []

@@ -27,6 +27,7 @@ class StaticDecoder(DynamicDecoder):
     can_shrink = False
 
     def __init__(self, compile: bool = False) -> None:
+        super().__init__()
         self.compile = compile
         self._kept: StaticCache | None = None
         self._kept_rows = self._kept_length = 0

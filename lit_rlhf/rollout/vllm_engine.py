@@ -42,6 +42,7 @@ class VLLMEngine(Engine):
     """
 
     def __init__(self, gpu_memory_utilization: float = 0.4, options: dict[str, Any] | None = None) -> None:
+        super().__init__()
         if importlib.util.find_spec("vllm") is None:
             raise MissingPackageError("VLLMEngine needs vLLM: pip install vllm, or leave model.engine out")
         self.gpu_memory_utilization = gpu_memory_utilization

@@ -7,6 +7,9 @@ from typing import Protocol
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lit_rlhf.backbone import Backbone
 
 
 class InTraining(Protocol):
@@ -18,6 +21,12 @@ class InTraining(Protocol):
     @property
     def device(self) -> torch.device:
         """Where its tensors are."""
+
+
+class HasBackbone(InTraining, Protocol):
+    """A module of ours."""
+
+    backbone: Backbone
 
 
 def trainer_of(module: InTraining) -> Trainer | None:
@@ -98,15 +107,21 @@ def fail_together(module: InTraining) -> Iterator[None]:
             raise RuntimeError(f"rank {rank} failed: {text}")
 
 
-def only_trainer_may_differentiate(module: InTraining, sharded: bool) -> bool:
+def only_trainer_may_differentiate(module: HasBackbone) -> bool:
     """Return whether gradients are right only in the trainer's own backward pass.
 
     Under FSDP2 that pass reduces the gradients; a loss scaler keeps float16's from vanishing.
-
-    Args:
-        module: Whose loss is differentiated.
-        sharded: Whether its backbone is.
     """
     trainer = trainer_of(module)
     scaler = None if trainer is None else getattr(trainer.precision_plugin, "scaler", None)
-    return sharded or scaler is not None
+    return module.backbone.is_sharded or scaler is not None
+
+
+def is_shard(tensor: object) -> bool:
+    """Return whether a tensor is this rank's part of a sharded one."""
+    return isinstance(tensor, DTensor)
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a sharded tensor; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -40,6 +40,7 @@ class PairMean(MeanMetric):
                 f"rejected_scores has shape {tuple(rejected_scores.shape)}, "
                 f"but chosen_scores has shape {tuple(chosen_scores.shape)}"
             )
+        self.set_dtype(torch.float64)  # torchmetrics forgets it when the module around this is moved
         super().update(self.of_pairs(chosen_scores.detach().double(), rejected_scores.detach().double()))
 
     def compute(self) -> Tensor:

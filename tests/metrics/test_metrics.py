@@ -113,3 +113,9 @@ def test_error_messages():
             kind().update(torch.zeros(3), torch.zeros(2))
         with pytest.raises(ValueError, match=r"chosen_scores must have 1 dimension\(s\), got shape \(3, 1\)"):
             kind().update(torch.zeros(3, 1), torch.zeros(3, 1))
+
+
+def test_sums_are_float64_inside_a_module_that_was_moved():
+    module = torch.nn.ModuleDict({"margin": RewardMargin()}).to("cpu")
+    module["margin"].update(torch.tensor([2.0**24, -(2.0**24)]), torch.tensor([-1.0, 0.0]))
+    assert float(module["margin"].compute()) == 0.5  # float32 rounds the first difference to 2 ** 24

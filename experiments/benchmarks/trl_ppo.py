@@ -13,7 +13,7 @@ OMP_NUM_THREADS. ``stop_token`` None: every response has its full length. Switch
 
 The reference is the policy with its adapter off, as TRL does with PEFT. The reward model is a frozen trunk of its own.
 The value model is a trunk of its own: ``--value_model full`` trains it whole, as TRL does (``peft_config`` concerns the
-policy alone); ``--value_model lora`` puts a LoRA set into it, which TRL offers no option for and which is faster.
+policy alone); ``--value_model lora`` puts an adapter into it, which TRL offers no option for and which is faster.
 """
 
 import argparse

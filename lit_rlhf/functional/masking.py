@@ -1,6 +1,6 @@
 """Masks, and means, variances and lookups that respect them.
 
-One convention: ``mask`` is bool and True means "this position counts". No function here waits for the device (no host sync).
+One convention: ``mask`` is bool and True means "this position counts". No function here waits for the device.
 """
 
 from collections.abc import Sequence

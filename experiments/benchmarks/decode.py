@@ -1,4 +1,4 @@
-"""Tokens a second of decoding against what reading weights and cache allows, and against transformers' ``generate``.
+"""Tokens per second of decoding against what reading weights and cache allows, and against transformers' ``generate``.
 
     python experiments/benchmarks/decode.py --out decode.json
 
@@ -77,7 +77,7 @@ def make_variants(
 
 
 def measure(variants: dict[str, Callable[[], Any]], shape: tuple[int, int], rounds: int, cuda: bool) -> dict[str, Any]:
-    """Return each variant's seconds, one a round."""
+    """Return each variant's seconds, one per round."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
         for name in list(variants)[:: -1 if turn % 2 else 1]:

@@ -16,7 +16,7 @@ class _Differentiated(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, *incoming: Tensor) -> Any:
+    def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
         """Return them scaled; possible once."""
         gradients, ctx.gradients = ctx.gradients, None
         return None, None, *(gradient.mul_(incoming[0]) for gradient in gradients)

@@ -1,8 +1,8 @@
-"""Tokens a second of decoding against what reading weights and cache allows, and against transformers' ``generate``.
+"""Tokens per second of decoding against what reading weights and cache allows, and against transformers' ``generate``.
 
     python experiments/benchmarks/decode.py --out decode.json
 
-On CUDA a Llama of 1.3 billion random weights in bfloat16 with the actor's LoRA set of rank 16 unmerged, 64 prompts of
+On CUDA a Llama of 1.3 billion random weights in bfloat16 with the actor's adapter of rank 16 unmerged, 64 prompts of
 128 tokens, 128 new tokens each, no EOS; elsewhere a small one in float32, timed by processor time, its steps not
 compiled unless ``--compile`` is given. The variants run in turn, every second round backwards; the first round of each
 warms up (and compiles) and does not count. The roofline is the larger of the bytes that decoding must read over the
@@ -34,7 +34,7 @@ SMALL = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "
 
 
 def make_backbone(sizes: dict[str, int], device: torch.device, dtype: torch.dtype, rank: int) -> Backbone:
-    """Return layout ``hydra`` on random weights, the LoRA sets changed so that they matter."""
+    """Return layout ``hydra`` on random weights, the adapters changed so that they matter."""
     torch.manual_seed(0)
     config = LlamaConfig(**sizes, vocab_size=32000, pad_token_id=PAD, eos_token_id=EOS)
     with torch.device(device):
@@ -50,7 +50,7 @@ def make_backbone(sizes: dict[str, int], device: torch.device, dtype: torch.dtyp
 def make_variants(
     backbone: Backbone, tokens: torch.Tensor, new_tokens: int, compiled: bool
 ) -> dict[str, Callable[[], Any]]:
-    """Return what is compared, by name; each call decodes the whole batch with the actor's LoRA set on."""
+    """Return what is compared, by name; each call decodes the whole batch with the actor's adapter on."""
     mask = torch.ones_like(tokens, dtype=torch.bool)
     length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     plain = GenerationConfig(do_sample=True, top_k=0, pad_token_id=PAD, eos_token_id=EOS, **length)
@@ -77,7 +77,7 @@ def make_variants(
 
 
 def measure(variants: dict[str, Callable[[], Any]], shape: tuple[int, int], rounds: int, cuda: bool) -> dict[str, Any]:
-    """Return each variant's seconds, one a round."""
+    """Return each variant's seconds, one per round."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
         for name in list(variants)[:: -1 if turn % 2 else 1]:

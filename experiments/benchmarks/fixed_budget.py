@@ -1,10 +1,10 @@
-"""Seconds a sample at the largest batch that fits a memory budget: a leaner layout may take a larger batch.
+"""Seconds per sample at the largest batch that fits a memory budget: a leaner layout may take a larger batch.
 
     OMP_NUM_THREADS=2 python experiments/benchmarks/fixed_budget.py --budget 2.4GiB \
         --out experiments/benchmarks/results/fixed_budget.json
 
 The planner (``lit-rlhf memory``) says how large the batch may be, ``lit-rlhf bench`` measures it. The budget counts
-tensors: Python and its libraries come on top. Each round measures every configuration once, in a process of its own;
+tensors: Python and its libraries come on top. Each round measures every configuration once, in its own process;
 odd rounds run backwards. Ratios are to the first configuration of the same round. On a GPU give
 ``--random_weights opt-1.3b --budget 80GiB --precision bfloat16``.
 """
@@ -71,7 +71,7 @@ def measure(batches: dict[str, int], workload: Workload, rounds: int) -> dict[st
 
 
 def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Return seconds a sample, their ratio to the first configuration's round by round, and peak bytes."""
+    """Return seconds per sample, their ratio to the first configuration's round by round, and peak bytes."""
     seconds = {name: [r["seconds_per_sample"]["total"]["median"] for r in rows] for name, rows in runs.items()}
     first = next(iter(seconds.values()))
     return {

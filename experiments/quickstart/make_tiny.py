@@ -7,7 +7,7 @@ Run from the repository root, after ``make_preferences.py``::
 It writes the configuration of a two-layer Llama and a byte-level BPE tokenizer, trained on the training
 pairs of the preference data. There are no weights: a user builds the model with
 ``AutoModelForCausalLM.from_config`` under a seed of their own. Padding and end of sequence are different
-tokens, and nothing is added to a text when it is tokenised, so tokens of a prompt and of its continuation
+tokens, and nothing is added to a text when it is tokenized, so tokens of a prompt and of its continuation
 can be joined as they are.
 """
 

@@ -1,10 +1,10 @@
-"""Kills runs at random moments, resumes them, and compares them with runs that nobody stopped.
+"""Kills runs at random moments, resumes them, and compares them with undisturbed runs.
 
     python experiments/reliability/kill_matrix.py --out experiments/reliability/results
 
 Every run of the matrix (algorithm x layout x strategy, on ``random:tiny``) is trained once undisturbed, then again
 while it is killed by SIGKILL, every process of it: at any moment, in a rollout, in training and around the writing of
-a checkpoint, in random order. After each kill every checkpoint must be readable; the run then goes on by
+a checkpoint, in random order. After each kill every checkpoint must be readable; the run then resumes with
 ``--ckpt_path``. In the end the metrics of every iteration and the last checkpoint (weights, optimizer, schedules,
 controllers) must be bitwise those of the undisturbed run.
 
@@ -49,7 +49,7 @@ TIMEOUT = 180.0
 
 @dataclass
 class Attempt:
-    """One start of a run, in a folder: its forked processes and the page they show their phase on."""
+    """One start of a run, in a folder: its forked processes and the page on which they show their phase."""
 
     folder: Path
     run: Run
@@ -77,7 +77,7 @@ class Attempt:
         return self.place[0] + 1, PHASES[self.place[1]]
 
     def ended(self) -> bool:
-        """Say whether all processes ended by themselves, all in order.
+        """Say whether all processes ended by themselves and without an error.
 
         Raises:
             RuntimeError: One of them failed.
@@ -102,7 +102,7 @@ class Attempt:
         return time.monotonic() - began
 
     def kill(self) -> None:
-        """Kill every process, as a machine that loses power."""
+        """Kill every process, as a power failure would."""
         for pid in self.pids:
             os.kill(pid, signal.SIGKILL)
         for pid in self.pids:
@@ -111,7 +111,7 @@ class Attempt:
 
 
 def work(folder: Path, rank: int, processes: int, port: int) -> None:
-    """Be one process of a run; never returns."""
+    """Run as one process of a run; never returns."""
     status = 1
     try:
         log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -226,7 +226,7 @@ def metrics(folder: Path, differences: list[str]) -> dict[int, dict[str, Any]]:
 
 
 def compare(whole: Path, killed: Path) -> list[str]:
-    """Return the differences between two ended runs, none if they are the same to the bit."""
+    """Return the differences between two finished runs, none if they are identical bit for bit."""
     found: list[str] = []
     ours, theirs = (metrics(folder, found) for folder in (killed, whole))
     found += [f"metrics of iteration {epoch + 1} differ" for epoch in theirs if ours.get(epoch) != theirs[epoch]]

@@ -1,4 +1,4 @@
-"""The runs of kill_matrix.py: what they train, and the callback by which they show where they are."""
+"""The runs of kill_matrix.py: what they train, and the callback that shows their progress."""
 
 import json
 import mmap
@@ -68,7 +68,7 @@ FOLDER = {"class_path": "lit_rlhf.strategies.FSDP2Strategy", "init_args": {"save
 
 
 class Watch(PhaseListener):
-    """Shows the iteration and phase of rank 0 to who kills it, and keeps every iteration's metrics."""
+    """Shows the iteration and phase of rank 0 to the killing process, and keeps every iteration's metrics."""
 
     def __init__(self) -> None:
         self.place: mmap.mmap | None = None
@@ -96,7 +96,7 @@ class Watch(PhaseListener):
         self._mark(trainer, "saving")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the metrics: before the checkpoint, which stands behind all other callbacks."""
+        """Write the metrics, before the checkpoint callback, which runs last."""
         self._mark(trainer, "between iterations")
         # On every rank, since reading them may sum over all.
         values = {name: repr(float(value)) for name, value in trainer.callback_metrics.items()}

@@ -1,9 +1,9 @@
-"""Trains for many iterations and watches resident memory and CPU seconds an iteration: both must stay where they were.
+"""Trains for many iterations and watches resident memory and CPU seconds per iteration: neither may grow.
 
     python experiments/reliability/soak.py --out experiments/reliability/results/soak.json
 
-Each run (algorithm-layout, on ``random:tiny``, with metrics, samples and a checkpoint every iteration) has a process of
-its own. Growth compares the mean of the last tenth of the iterations with the tenth after the warm-up (the first
+Each run (algorithm-layout, on ``random:tiny``, with metrics, samples and a checkpoint every iteration) has its own
+process. Growth compares the mean of the last tenth of the iterations with the tenth after the warm-up (the first
 fifth); ``drift`` compares the medians of their CPU seconds.
 """
 
@@ -33,14 +33,14 @@ LIMIT = 0.02
 
 
 class Watch(L.Callback):
-    """Keeps resident bytes and the CPU seconds at the end of each iteration."""
+    """Records resident bytes and CPU seconds at the end of each iteration."""
 
     def __init__(self) -> None:
         self.resident: list[int] = []
         self.times: list[float] = []
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Read them."""
+        """Record both."""
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         self.resident.append(pages * os.sysconf("SC_PAGE_SIZE"))
         self.times.append(time.process_time())

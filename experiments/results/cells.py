@@ -178,7 +178,7 @@ def run_cell(cell: Cell, seed: int, folder: Path, iterations: int, steps: int) -
         steps: Optimizer steps of the stages, and of DPO.
 
     Returns:
-        Gold scores before and after, win rate, KL, seconds a sample by phase, peak bytes of tensors.
+        Gold scores before and after, win rate, KL, seconds per sample by phase, peak bytes of tensors.
     """
     report.quiet()
     gold = report.GoldScorer()

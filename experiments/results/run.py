@@ -2,7 +2,7 @@
 
     python experiments/results/run.py --out experiments/results --seeds 5 --jobs 2
 
-A run that was stopped goes on where it was; the settings must be the same then. Needs the ``demo`` extra.
+A stopped run continues where it was; its settings must then be the same. Needs the ``demo`` extra.
 """
 
 import argparse
@@ -34,13 +34,13 @@ def run_results(
     out: str, algorithms: list[str] | None, layouts: list[str] | None, variants: bool, seeds: int, iterations: int,
     jobs: int,
 ) -> None:  # fmt: skip
-    """Run everything that is not there yet.
+    """Run everything whose result is missing.
 
     Args:
         out: Output folder.
         algorithms: On-policy algorithms; None takes all.
         layouts: Layouts; None takes all.
-        variants: Also DPO, j_hydra's stability options and hydra with a small critic set.
+        variants: Also DPO, j_hydra's stability options and hydra with a critic adapter of small rank.
         seeds: Seeds of each cell; every seed trains its own SFT, reward and Hydra-SFT stages.
         iterations: Iterations of each on-policy run.
         jobs: Runs at the same time; seconds per sample mean little above 1.
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layouts", nargs="+", help="default all")
     parser.add_argument(
         "--variants", action=argparse.BooleanOptionalAction, default=True,
-        help="also DPO, j_hydra's stability options and hydra with a small critic set",
+        help="also DPO, j_hydra's stability options and hydra with a critic adapter of small rank",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=5, help="of each cell, stages included")
     parser.add_argument("--iterations", type=int, default=16, help="of each on-policy run")

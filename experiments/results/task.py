@@ -1,4 +1,4 @@
-"""The task of the results study: short reviews whose mood hangs on a few words.
+"""The task of the results study: short reviews whose sentiment depends on a few words.
 
 A tiny model trained from random weights learns it in seconds, reward models included, so that what differs between the
 cells of the table is the algorithm and the layout. Preferences are drawn by a Bradley-Terry model of the gold score;
@@ -46,7 +46,7 @@ def write_task(folder: Path, gold: Callable[[Sequence[str]], list[float]]) -> No
     """Write ``pairs.jsonl``, ``prompts_train.jsonl`` and ``prompts_heldout.jsonl``, the same in every call.
 
     Args:
-        folder: Where to.
+        folder: Output folder.
         gold: Scores responses; preferences follow it with the noise of a Bradley-Terry model.
     """
     openings, generator = make_openings(), random.Random(1)

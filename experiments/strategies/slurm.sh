@@ -4,8 +4,8 @@
 #   sbatch experiments/strategies/slurm.sh -c experiments/own_pairs/ppo.yaml \
 #     -c experiments/strategies/fsdp2.yaml -c experiments/strategies/multi_node.yaml --data.train pairs.jsonl
 #
-# SLURM starts one process a GPU; Lightning reads ranks and addresses from its variables. Two minutes before the time
-# is up every process gets SIGTERM: the run stops with status 143 and prints the command that goes on.
+# SLURM starts one process per GPU; Lightning reads ranks and addresses from its variables. Two minutes before the time
+# is up every process gets SIGTERM: the run stops with status 143 and prints the command that resumes it.
 #SBATCH --job-name=lit-rlhf
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

@@ -11,7 +11,7 @@ from lit_rlhf.functional import (
     KLEstimator,
     aggregate,
     clipped_policy_loss,
-    group_normalise,
+    group_normalize,
     kl_estimate,
 )
 from lit_rlhf.rollout import Experience
@@ -58,7 +58,7 @@ class GRPO(OnPolicyModule):
     def estimate(self, experience: Experience) -> None:
         """Fill advantages."""
         scores = self.shaped_scores(experience)
-        advantages = group_normalise(scores, self.samples_per_prompt, self.normalise_by_std)
+        advantages = group_normalize(scores, self.samples_per_prompt, self.normalise_by_std)
         experience.advantages = advantages[:, None] * experience.mask
 
     def policy_loss(self, log_probs: Tensor, minibatch: Experience) -> tuple[Tensor, dict[str, Tensor]]:

@@ -7,14 +7,14 @@ import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, cast, get_args
+from typing import TYPE_CHECKING, Generic, cast, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from lit_rlhf.data.batches import ExampleDataset, collate
+from lit_rlhf.data.batches import Batch, ExampleDataset, collate
 from lit_rlhf.data.errors import BadRows, DataError, Notes, OnBadRow
 from lit_rlhf.data.formats import PublicFormat, RowConverter, converted_rows, find_converter
 from lit_rlhf.data.order import LengthGroupedSampler, ResumableLoader
@@ -44,19 +44,19 @@ class TextData(LightningDataModule, ABC, Generic[TokensT]):
         limit: Use this many rows of `train` (before the split), the first of the shuffle; None for all.
         format: "columns" reads a prompt field and response fields (text or chat messages), "hh" reads
             chosen and rejected as whole HH-RLHF transcripts, "auto" tells these two apart row by row. "gpt4_llm",
-            "oasst", "tldr", "stack_exchange" and "shp" read those data sets as they are published; what holds no
-            preference is counted in a warning. For another layout give the import path of a function
+            "oasst", "tldr", "stack_exchange" and "shp" read those data sets as they are published; what expresses
+            no preference is counted in a warning. For any other layout give the import path of a function
             from a `Row` to its list of `Ranking`.
         prompt_column: Field of the prompt.
         chosen_column: Field of the chosen response.
         rejected_column: Field of the rejected response.
-        on_bad_row: Stop at the first row that cannot be used, or leave such rows out and report their number.
+        on_bad_row: Stop at the first row that cannot be used, or leave such rows out and report how many there were.
         max_prompt_length: Longest prompt in tokens; of a longer one the last tokens are kept.
-        drop_overlong_prompts: Leave rows with a longer prompt out instead.
+        drop_overlong_prompts: Leave out rows with a longer prompt instead.
         batch_size: Rows per batch and device.
         num_workers: Processes that build batches; 0 builds them in the training process.
 
-    Settings are checked in `setup`, before any file is read.
+    Settings are checked together in `setup`, before any file is read.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class TextData(LightningDataModule, ABC, Generic[TokensT]):
         return TokenizeOptions(self.max_prompt_length, drop_overlong_prompts=self.drop_overlong_prompts)
 
     def problems(self) -> list[str]:
-        """What is wrong with the settings; a module with more settings adds to it."""
+        """What is wrong with the settings; a subclass with more settings adds to it."""
         size = self.validation_size
         columns = (self.fields.prompt, self.fields.chosen, self.fields.rejected)
         problems = unmet(
@@ -197,8 +197,8 @@ class TextData(LightningDataModule, ABC, Generic[TokensT]):
             raise MisconfigurationException(f"{type(self).__name__} has no data yet: call setup() first.")
         return dataset
 
-    def collate_fn(self) -> Callable[[Sequence[TokensT]], dict[str, Any]]:
-        """Stage 5: `collate` with the tokenizer's pad id, without a reference to this module (workers pickle it)."""
+    def collate_fn(self) -> Callable[[Sequence[TokensT]], Batch]:
+        """Stage 5: `collate` with the tokenizer's pad id. Workers pickle it: it holds no reference to this module."""
         return partial(collate, pad_id=self.pad_id)
 
     def _loader(
@@ -215,7 +215,7 @@ class TextData(LightningDataModule, ABC, Generic[TokensT]):
             collate_fn=self.collate_fn(),
         )
 
-    def val_dataloader(self) -> DataLoader[TokensT] | list[Any]:
+    def val_dataloader(self) -> DataLoader[TokensT] | list[Batch]:
         """Validation batches in a fixed order, or an empty list if there is no validation.
 
         Raises:
@@ -224,17 +224,17 @@ class TextData(LightningDataModule, ABC, Generic[TokensT]):
         dataset = self._ready(self.val_dataset)
         return self._loader(dataset, self.eval_batch_size or self.batch_size) if len(dataset) else []
 
-    def test_dataloader(self) -> DataLoader[TokensT] | list[Any]:
+    def test_dataloader(self) -> DataLoader[TokensT] | list[Batch]:
         """The validation batches; to test on other rows, name them in `validation`."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> DataLoader[TokensT] | list[Any]:
+    def predict_dataloader(self) -> DataLoader[TokensT] | list[Batch]:
         """The validation batches."""
         return self.val_dataloader()
 
 
 def _ignore_sigterm(worker: int) -> None:
-    """Schedulers signal every process; a worker that ended would end the run with it, before it has saved."""
+    """Schedulers signal every process; a worker that exited would bring the run down before it has saved."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 

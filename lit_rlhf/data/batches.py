@@ -16,6 +16,8 @@ from torch.utils.data import Dataset
 
 from lit_rlhf.data.records import Ids, PromptTokens, Tokens, TokensT
 
+Batch = dict[str, Any]  # tensors, texts and columns by name, see `collate`
+
 
 class ExampleDataset(Dataset[TokensT]):
     """Tokenized examples as a map-style dataset.
@@ -43,15 +45,15 @@ class ExampleDataset(Dataset[TokensT]):
         return max((max(ids, default=0) for e in self.examples for ids in (e.prompt, *e.responses)), default=0)
 
 
-def collate(examples: Sequence[Tokens], pad_id: int) -> dict[str, Any]:
+def collate(examples: Sequence[Tokens], pad_id: int) -> Batch:
     """Batch n examples with k responses each, k being 2 for pairs, 1 for instructions, 0 for prompts.
 
     Of pairs, the n chosen rows come first, then the n rejected rows in the same order.
 
     Returns:
         tokens (kn, P+T) long and attention_mask (kn, P+T) bool, True = not padding; mask (kn, T) bool,
-        True = response token, EOS included. Of prompts instead: tokens (n, P); attention_mask (n, P); prompts, n
-        decoded strings. columns, name of each other field -> its n values, where the examples are prompts or have any.
+        True = response token, EOS included. For prompts instead: tokens (n, P); attention_mask (n, P); prompts, n
+        decoded strings. columns, name of each other field -> its n values, if the examples are prompts or have any.
 
     Raises:
         ValueError: There are no examples.
@@ -59,7 +61,7 @@ def collate(examples: Sequence[Tokens], pad_id: int) -> dict[str, Any]:
     responses = [ids for one_of_each in zip(*(e.responses for e in examples), strict=True) for ids in one_of_each]
     prompts = [example.prompt for example in examples]
     if responses:
-        batch: dict[str, Any] = _join(prompts * (len(responses) // len(prompts)), responses, pad_id)
+        batch: Batch = _join(prompts * (len(responses) // len(prompts)), responses, pad_id)
     else:
         tokens, mask = pad(prompts, pad_id, left=True)
         batch = {"tokens": tokens, "attention_mask": mask}
@@ -79,7 +81,7 @@ def pad(rows: Sequence[Ids], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor
         ValueError: There are no rows.
     """
     if not rows:
-        raise ValueError("cannot make a batch of no examples")
+        raise ValueError("a batch needs at least one example")
     width = max(len(row) for row in rows)
     tokens = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""The one error of the data room, and two counters: of rows that are bad, and of what a format leaves out."""
+"""The one error of this package, and two counters: of bad rows, and of what a format leaves out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class DataError(LitRLHFError, ValueError):
         where: File and line (or row) at fault.
         field: Field of the row at fault, when there is one.
         fix: What the user can do about it.
-        reason: Short kind of the problem, the key under which skipped rows are counted.
+        reason: Short name for the kind of problem, under which skipped rows are counted.
     """
 
     def __init__(self, problem: str, *, where: str, field: str | None = None, fix: str = "", reason: str = "") -> None:
@@ -87,7 +87,7 @@ def parsed(items: Iterable[InT], parse: Callable[[InT], OutT], on_bad: BadRowHan
 
 
 class Notes(Counter[str]):
-    """How much a format left out that is no fault of the data, by reason, for one warning."""
+    """How much a format left out although the data are not at fault, by reason, for one warning."""
 
     def warn(self, name: str) -> None:
         """Issue one warning about the format `name`, or none if nothing was left out."""

@@ -1,6 +1,6 @@
 """Checked access to fields of nested rows, by path: ("answers", 2, "text") is the field answers[2].text.
 
-Each function raises a DataError that names the field if it does not hold what is asked for.
+Each function raises a DataError that names the field if its value is not what is asked for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Key = str | int
 
 
 def value_at(row: Row, *path: Key) -> Any:
-    """The value at a path, None if the last step is absent or null. Indices must lie in their list."""
+    """The value at a path, None if the last step is absent or null. Indices must be in range."""
     value: Any = row.data
     for depth, key in enumerate(path):
         if isinstance(key, int):
@@ -79,7 +79,7 @@ def flag_at(row: Row, *path: Key) -> bool | None:
 
 
 def check_unicode(row: Row, text: str, *path: Key) -> None:
-    """Refuse half of a surrogate pair in the text at a path."""
+    """Raise for half of a surrogate pair in the text at a path."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which tokenizers refuse
@@ -93,7 +93,7 @@ def check_unicode(row: Row, text: str, *path: Key) -> None:
 
 
 def name_of(path: tuple[Key, ...]) -> str:
-    """A path as people write it."""
+    """A path as it is usually written, such as ``answers[2].text``."""
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
 
 

@@ -1,6 +1,6 @@
-"""Stage 2, formats: rows as they are published become rankings, and rankings rows in column format.
+"""Stage 2, formats: published rows become rankings, and rankings become rows in column format.
 
-Rows in column format, and HH-RLHF transcripts, need no such step.
+Rows in column format and HH-RLHF transcripts skip this stage.
 
 Field names are those of the publishers: GPT-4-LLM (arXiv:2304.03277, github.com/Instruction-Tuning-with-GPT-4),
 OASST1 (arXiv:2304.07327, hub OpenAssistant/oasst1), TL;DR comparisons (arXiv:2009.01325,
@@ -33,7 +33,7 @@ TLDR_PROMPT = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;
 def each(convert: RowConverter) -> Converter:
     """Converter of a whole source from a function that converts one row.
 
-    A row it raises a DataError for is bad; a row without rankings is counted in the notes.
+    A row for which it raises a DataError is bad; a row without rankings is counted in the notes.
     """
 
     def convert_one(row: Row) -> list[Ranking]:
@@ -46,14 +46,14 @@ def each(convert: RowConverter) -> Converter:
 
     def convert_all(rows: Iterable[Row], on_bad: BadRowHandler, notes: Notes) -> Iterator[Ranking]:
         for rankings in parsed(rows, convert_one, on_bad):
-            notes["rows that hold no ranking"] += not rankings
+            notes["rows without a ranking"] += not rankings
             yield from rankings
 
     return convert_all
 
 
 def gpt4_llm(row: Row) -> list[Ranking]:
-    """GPT-4-LLM comparisons: scored responses (comparision_data_v2.json), or two of them, the better one first."""
+    """GPT-4-LLM comparisons: responses with scores (comparision_data_v2.json), or two of them, the better one first."""
     prompt = text_at(row, "user_input")
     if value_at(row, "responses_and_scores") is None and value_at(row, "completion_a") is not None:
         return [_two(row, prompt, text_at(row, "completion_a"), text_at(row, "completion_b"))]
@@ -61,7 +61,7 @@ def gpt4_llm(row: Row) -> list[Ranking]:
 
 
 def tldr(row: Row) -> list[Ranking]:
-    """Comparisons of "Learning to summarize from human feedback"; those of news articles hold no ranking here."""
+    """Comparisons of "Learning to summarize from human feedback"; those of news articles give no ranking."""
     if value_at(row, "info", "post") is None and value_at(row, "info", "article") is not None:
         return []
     info = {name: text_at(row, "info", name) for name in ("subreddit", "post")}
@@ -75,7 +75,7 @@ def tldr(row: Row) -> list[Ranking]:
 
 
 def stack_exchange(row: Row) -> list[Ranking]:
-    """Stack Exchange answers: scored ones of a question, or two of them, response_j the better one."""
+    """Stack Exchange answers: all of a question with scores, or two of them, response_j being the better one."""
     prompt = text_at(row, "question")
     columns = _some(row, "qid", "date", "metadata")
     if {"response_j", "response_k"} & set(row.data):
@@ -84,7 +84,7 @@ def stack_exchange(row: Row) -> list[Ranking]:
 
 
 def shp(row: Row) -> list[Ranking]:
-    """Stanford Human Preferences: two comments on a post, as far apart as `score_ratio` says."""
+    """Stanford Human Preferences: two comments on a post; `score_ratio` says how far apart they are."""
     prompt = text_at(row, "history")
     comments = [text_at(row, name) for name in ("human_ref_B", "human_ref_A")]
     better = choice_at(row, "labels")  # 1: A
@@ -126,7 +126,7 @@ def converted_rows(
     expand: Callable[[Iterable[Ranking], Notes], Iterable[Row]],
     on_bad: BadRowHandler,
 ) -> Iterator[Row]:
-    """Rows in column format of rows in another one, and a warning with the number of things left out.
+    """Turn rows of another format into rows in column format; warn of how many things were left out.
 
     Args:
         rows: The rows as published.
@@ -147,12 +147,12 @@ def converted_rows(
 
 
 def pair_rows(rankings: Iterable[Ranking], notes: Notes, per_prompt: int | None = None) -> Iterator[Row]:
-    """Rows of every two responses with different scores.
+    """A row for every two responses with different scores.
 
     Args:
         rankings: The rankings; several of them may have one prompt.
         notes: Takes the counts of rankings and pairs that are left out.
-        per_prompt: Largest number of pairs of one prompt, those with the largest difference of scores; None for all.
+        per_prompt: Keep at most this many pairs per prompt, those with the largest difference in scores; None for all.
 
     Returns:
         Rows of `prompt`, `chosen` and `rejected`, prompt by prompt if `per_prompt` is set.
@@ -171,10 +171,10 @@ def pair_rows(rankings: Iterable[Ranking], notes: Notes, per_prompt: int | None 
 
 
 def instruction_rows(rankings: Iterable[Ranking], notes: Notes) -> Iterator[Row]:
-    """Rows of each prompt with its best response, at the place of its first occurrence.
+    """A row for each prompt with its best response, at the place of its first occurrence.
 
-    The best response wins most comparisons, less those it loses, over all rankings of its prompt; of equals it is
-    the first.
+    The best response has the most won minus lost comparisons over all rankings of its prompt; of equals it is the
+    first.
 
     Returns:
         Rows of `prompt` and `response`.
@@ -197,7 +197,7 @@ def instruction_rows(rankings: Iterable[Ranking], notes: Notes) -> Iterator[Row]
 
 
 def prompt_rows(rankings: Iterable[Ranking], notes: Notes) -> Iterator[Row]:
-    """Rows of each prompt once, at the place of its first occurrence, with or without responses.
+    """A row for each prompt, once, at the place of its first occurrence, with or without responses.
 
     Returns:
         Rows of `prompt` and the ranking's columns.
@@ -247,7 +247,7 @@ def _pairs(ranking: Ranking, notes: Notes) -> Iterator[tuple[float, Row]]:
         if high == low:
             continue
         if chosen == rejected:
-            notes["pairs of the same response twice"] += 1
+            notes["pairs whose two responses are the same"] += 1
             continue
         yield high - low, Row({"prompt": ranking.prompt, "chosen": chosen, "rejected": rejected}, ranking.where)
 

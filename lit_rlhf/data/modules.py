@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from lit_rlhf.data.base import TextData, at_least_1, unmet
+from lit_rlhf.data.batches import Batch
 from lit_rlhf.data.errors import Notes
 from lit_rlhf.data.formats import instruction_rows, pair_rows, prompt_rows
 from lit_rlhf.data.order import LengthGroupedSampler
@@ -37,8 +38,8 @@ class ResponseData(TextData[TokensT]):
 
     Args:
         max_response_length: Longest response in tokens, EOS included; of a longer one the first are kept.
-        truncated_response: End of a response that is cut: EOS in place of the last kept token, no EOS, or
-            leave the row out.
+        truncated_response: How a response that is cut ends: with EOS in place of the last kept token, or without
+            EOS; or leave the row out.
         append_eos: End each response with the tokenizer's EOS.
         group_by_length: Fill batches with examples of similar length, which saves padding.
         eval_batch_size: Rows per validation batch and device; None for `batch_size`.
@@ -80,14 +81,14 @@ class ResponseData(TextData[TokensT]):
         )
 
     def train_dataloader(self) -> DataLoader[TokensT]:
-        """Training batches, in a new order each epoch.
+        """Training batches, in a new order every epoch.
 
         Raises:
             ConfigError: There are fewer examples than ranks.
             MisconfigurationException: `setup` has not run.
         """
         dataset = self._ready(self.train_dataset)
-        # Asking the strategy rather than world_size: ranks that share a model shard must get the same data.
+        # Ask the strategy, not world_size: ranks that share a model shard must get the same data.
         ranks = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
         sampler = LengthGroupedSampler(
             [len(example) for example in dataset.examples],
@@ -101,13 +102,13 @@ class ResponseData(TextData[TokensT]):
 
 
 class PreferenceData(ResponseData[PairTokens]):
-    """Preference pairs, for reward models and direct preference methods.
+    """Preference pairs, for reward models and direct preference optimization.
 
     Batches (see `collate`): tokens (2n, P+T), the n chosen rows before the n rejected; attention_mask; mask (2n, T).
 
     Args:
-        pairs_per_prompt: Of a published format, use at most so many pairs of one prompt, those with the largest
-            difference of scores or ranks; None for every two responses that differ in it. Ties give no pair.
+        pairs_per_prompt: For published formats: the largest number of pairs per prompt, those with the largest
+            difference in scores or ranks; None for every two responses that differ in it. Ties give no pair.
         kwargs: Arguments of `ResponseData` and `TextData`.
 
     """
@@ -192,7 +193,7 @@ class PromptData(TextData[PromptTokens]):
         """
         return len(self._ready(self.train_dataset))
 
-    def prompt_batch(self, indices: Sequence[int]) -> dict[str, Any]:
+    def prompt_batch(self, indices: Sequence[int]) -> Batch:
         """Batch of the training prompts at `indices`, in that order, all padded to one width.
 
         Raises:
@@ -203,14 +204,14 @@ class PromptData(TextData[PromptTokens]):
         dataset = self._ready(self.train_dataset)
         return self.collate_fn()([dataset[index] for index in indices])
 
-    def train_dataloader(self) -> Iterable[Any]:
+    def train_dataloader(self) -> Iterable[object]:
         """The LightningModule's `rollout_buffer`.
 
         Raises:
             MisconfigurationException: There is no LightningModule, or it has no such buffer.
         """
         module = self.trainer.lightning_module if self.trainer is not None else None
-        buffer: Iterable[Any] | None = getattr(module, "rollout_buffer", None)
+        buffer: Iterable[object] | None = getattr(module, "rollout_buffer", None)
         if buffer is None:
             raise MisconfigurationException(
                 "PromptData is for on-policy algorithms, which train on their `rollout_buffer`; "

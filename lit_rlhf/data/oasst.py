@@ -38,7 +38,7 @@ def oasst(rows: Iterable[Row], on_bad: BadRowHandler, notes: Notes) -> Iterator[
     """A ranking of each prompter's message, its prompt being the conversation up to it as chat messages.
 
     Rank 0 is the best reply; replies without a rank have no score. Flat rows may come in any order and are all read
-    before the first ranking. Left out and noted: trees in another state than ready_for_export, and messages
+    before the first ranking. Left out and noted: trees in a state other than ready_for_export, and messages
     that are deleted or rejected in review, with the replies below them. The replies below a bad message are lost too.
     """
     flat: list[Row] = []
@@ -95,7 +95,7 @@ def _roots(rows: list[Row], on_bad: BadRowHandler, notes: Notes) -> Iterator[_Me
     reached = below | {id(reply) for root in roots for reply in root.thread()}
     for message in messages.values():
         if id(message) not in reached:
-            on_bad(bad_field(message.row, ("parent_id",), "leads round in a circle", "circle of field"))
+            on_bad(bad_field(message.row, ("parent_id",), "leads into a cycle of messages", "cycle in field"))
     yield from roots
 
 
@@ -107,7 +107,7 @@ def _parent(message: _Message, messages: dict[str, _Message]) -> _Message | None
         raise bad_field(
             message.row,
             ("parent_id",),
-            "names no message of the data",
+            "does not name a message of the data",
             "unknown message in field",
             fix="Name all files the conversation is spread over, or remove the row.",
         )

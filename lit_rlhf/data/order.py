@@ -12,7 +12,7 @@ from lit_rlhf.errors import ConfigError
 
 ExampleT = TypeVar("ExampleT", covariant=True)
 
-MEGABATCH = 50  # batches sorted by length together: more saves more padding, fewer is more random
+MEGABATCH = 50  # batches sorted by length together: more of them saves more padding, fewer is more random
 
 
 class LengthGroupedSampler(DistributedSampler[int]):
@@ -23,8 +23,8 @@ class LengthGroupedSampler(DistributedSampler[int]):
 
     The order depends on (seed, epoch) only. The examples are shuffled, cut into megabatches, sorted by length
     inside each, cut into global batches of batch_size * num_replicas, and the global batches are shuffled.
-    Each rank takes every num_replicas-th example of a global batch: ranks have disjoint examples, equally
-    many, and batches of similar length at each step. On one rank every example comes exactly once; on
+    Each rank takes every num_replicas-th example of a global batch: ranks have disjoint examples, the
+    same number of them, and batches of similar length at each step. On one rank every example comes exactly once; on
     several, the len(lengths) % num_replicas examples at the end of the shuffle are left out of the epoch,
     different ones each epoch. The rank's first `skip` examples (an attribute, 0) are not yielded.
 
@@ -61,7 +61,7 @@ class LengthGroupedSampler(DistributedSampler[int]):
         self.skip = 0
 
     def __iter__(self) -> Iterator[int]:
-        # The seed is spread first, so that epoch 1 of seed 0 is not epoch 0 of seed 1.
+        # Hash the seed first, so that epoch 1 of seed 0 is not epoch 0 of seed 1.
         spread = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(self.seed)))
         generator = torch.Generator().manual_seed(spread + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator)[: self.total_size]
@@ -74,7 +74,7 @@ class LengthGroupedSampler(DistributedSampler[int]):
         return iter(ours[self.skip :].tolist())
 
     def origin(self) -> dict[str, int]:
-        """Return everything that determines the order of an epoch, except the lengths themselves."""
+        """Return everything that determines the order of an epoch, except for the lengths themselves."""
         return {
             "seed": self.seed,
             "number_of_examples": len(self.lengths),
@@ -94,8 +94,8 @@ class ResumableLoader(DataLoader[ExampleT]):
     """A DataLoader over a :class:`LengthGroupedSampler`; a run saved inside an epoch resumes with the next batch.
 
     Lightning saves the loader's state with its loops and restores it before the first batch; earlier batches are not
-    built again. Iteration is lazy: Lightning makes an iterator before it sets a resumed run's epoch, and workers
-    would already fetch another epoch's examples. Over any other sampler (``overfit_batches`` puts one in) this is a
+    built again. Iteration is lazy: Lightning makes an iterator before it sets a resumed run's epoch, and eager
+    workers would fetch another epoch's examples. With any other sampler (``overfit_batches`` puts one in) this is a
     plain DataLoader.
     """
 
@@ -114,7 +114,7 @@ class ResumableLoader(DataLoader[ExampleT]):
         self._resumed = dict(state_dict)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Yield the batches of the epoch that are left.
+        """Yield the remaining batches of the epoch.
 
         Raises:
             ConfigError: The run was saved inside this epoch with other batches: data, batch size, ranks or seed
@@ -137,6 +137,6 @@ class ResumableLoader(DataLoader[ExampleT]):
             if (before := resumed[name]) != now:
                 raise ConfigError(
                     f"cannot resume inside an epoch: {name.replace('_', ' ')} was {before} and is now {now}, so "
-                    "its batches would differ. Set it back, or resume from a checkpoint of an epoch's end"
+                    "its batches would differ. Set it back, or resume from a checkpoint saved at the end of an epoch"
                 )
         return resumed["batches"]

@@ -51,7 +51,7 @@ def load_records(
     rows = convert(row for source in sources for row in read_rows(source, on_bad))
     records = list(parsed(rows, parse, on_bad))
     if not records:
-        raise DataError("no usable rows", where=", ".join(sources) or "data", fix="Name a source that holds some.")
+        raise DataError("no usable rows", where=", ".join(sources) or "data", fix="Name a source that has usable rows.")
     return records
 
 
@@ -97,7 +97,7 @@ def parse_instruction(row: Row, fields: Fields = DEFAULT_FIELDS) -> Instruction:
 
 
 def parse_prompt(row: Row, fields: Fields = DEFAULT_FIELDS) -> Prompt:
-    """Turn a row into a prompt; of a pair, the prompt the two responses share.
+    """Turn a row into a prompt; of a pair, the prompt that the two responses share.
 
     Raises:
         DataError: The prompt is missing, of the wrong type or empty.
@@ -113,7 +113,7 @@ def parse_prompt(row: Row, fields: Fields = DEFAULT_FIELDS) -> Prompt:
 
 
 def _format_of(row: Row, fields: Fields) -> Literal["columns", "hh"]:
-    """The format of a row: as chosen by the user, else recognized from the row itself."""
+    """The format of a row: the one the user chose, or else the one recognized from the row itself."""
     if fields.format != "auto":
         return fields.format
     if row.data.get(fields.prompt) is not None:
@@ -126,9 +126,9 @@ def _format_of(row: Row, fields: Fields) -> Literal["columns", "hh"]:
     raise bad_field(
         row,
         (fields.prompt,),
-        f"is missing, and {fields.chosen!r} is no HH-RLHF transcript (found fields: {sorted(row.data)})",
+        f"is missing, and {fields.chosen!r} is not an HH-RLHF transcript (found fields: {sorted(row.data)})",
         "missing field",
-        "Name the columns with prompt_column and the like, or choose a format.",
+        "Name the columns with the *_column options, or choose a format.",
     )
 
 
@@ -195,7 +195,7 @@ def _prompt_and_response(row: Row, fields: Fields, field: str) -> tuple[Text, Te
 
 
 def _check_same_prompt(row: Row, fields: Fields, conversation: Messages) -> None:
-    """A prompt field next to a whole conversation must be part of it, or the row would have two prompts."""
+    """Refuse a prompt field that is not part of the conversation beside it: the row would have two prompts."""
     if row.data.get(fields.prompt) is None:
         return
     prompt = _prompt_field(row, fields)

@@ -1,7 +1,7 @@
 """The three kinds of record a row can become, each as text and as token ids.
 
-What every kind has in common is all that tokenizing and batching look at: a prompt, any number of responses, and
-columns. Columns are the row's other fields; they travel with it into the batch.
+Tokenizing and batching use only what all kinds have in common: a prompt, any number of responses, and columns.
+Columns are the row's other fields; they stay with it up to the batch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lit_rlhf.errors import ConfigError
 Messages = list[dict[str, Any]]  # chat messages, each with "role" and "content"
 Text = str | Messages
 Columns = Mapping[str, Any]
-Ids = Sequence[int]  # in practice array("i"): 4 bytes a token, where a list takes 36
+Ids = Sequence[int]  # in practice array("i"): 4 bytes per token, where a list takes 36
 Decode = Callable[[Ids], str]
 
 
@@ -83,7 +83,7 @@ TokensT = TypeVar("TokensT", bound=Tokens)
 
 
 class Record(ABC, Generic[TokensT]):
-    """A row that has been understood.
+    """A parsed row.
 
     Attributes:
         prompt: The prompt, as text or as chat messages.
@@ -167,12 +167,12 @@ class Prompt(Record[PromptTokens]):
 
 @dataclass(frozen=True)
 class Ranking:
-    """A prompt and any number of responses: what the published formats hold, before it becomes rows of one kind.
+    """A prompt and any number of responses: what the published formats contain, before it becomes rows of one kind.
 
     Args:
         prompt: The prompt, as text or as chat messages.
         responses: The responses.
-        scores: Score of each response, higher is better; equal scores state no preference, None is no score.
+        scores: Score of each response, higher is better; equal scores express no preference, None means no score.
         where: Place of the prompt, as in `Row`.
         columns: Other fields of the prompt, for reward functions.
 

@@ -15,7 +15,7 @@ from lit_rlhf.data.errors import RAISE, BadRowHandler, DataError, parsed
 
 HUB_PREFIX = "hub:"
 EACH_LINE = "Put one JSON object on each line"
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which some editors write
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors write it
 SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves in a folder
 ACCEPTED = (
     "a .jsonl, .json, .jsonl.gz, .json.gz, .csv or .parquet file, a folder written by datasets' save_to_disk, "
@@ -38,7 +38,7 @@ def read_rows(source: str, on_bad: BadRowHandler = RAISE) -> Iterator[Row]:
         source: Path of a .jsonl, .json, .csv or .parquet file (the first two also as .gz) or of a folder written by
             `datasets.Dataset.save_to_disk`, or "hub:owner/name[:split]" (the only form using the network).
             A .json file holds one array of objects, or an object on each line.
-        on_bad: Called with the error of each unreadable row; when it returns, reading goes on after that row.
+        on_bad: Called with the error of each unreadable row; when it returns, reading continues after that row.
 
     Returns:
         Iterator over the rows, in file order. Blank lines give no row.

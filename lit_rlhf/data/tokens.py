@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -28,7 +28,7 @@ class TokenizeOptions:
     Args:
         max_prompt_length: Longest prompt in tokens; of a longer one the last tokens are kept.
         max_response_length: Longest response in tokens, EOS included; of a longer one the first are kept.
-        drop_overlong_prompts: Leave rows out whose prompt is too long, instead of cutting the prompt.
+        drop_overlong_prompts: Leave out rows whose prompt is too long, instead of cutting the prompt.
         truncated_response: End of a response that is cut: EOS in place of the last kept token, no EOS, or
             leave the row out. With `append_eos` off there is no EOS to keep.
         append_eos: End each response with the tokenizer's EOS.
@@ -89,12 +89,12 @@ def tokenize(
     options: TokenizeOptions = DEFAULT_OPTIONS,
     on_bad: BadRowHandler = RAISE,
 ) -> list[TokensT]:
-    """Tokenize records of one kind, in order; those the options leave out are missing and reported in a warning.
+    """Tokenize records of one kind, in order; rows that the options leave out are missing, and reported in a warning.
 
     Every example gets the same columns: one that only some records have is None in the others.
 
     Args:
-        records: The records, each with as many responses.
+        records: The records, all with the same number of responses.
         tokenizer: Their tokenizer; it renders chat messages by its chat template.
         options: Length limits and EOS policy.
         on_bad: Called with the error of each bad record; when it returns, the record is left out.
@@ -174,13 +174,13 @@ def _fit(
             response = response[: limit - 1] + array("i", [_eos_id(tokenizer)])
         kept.append(response[:limit])
     if any(one == other for one, other in combinations(kept[1:], 2)):
-        counts.pairs_made_equal += 1  # differing only past the limit, or in what the tokenizer does not see
+        counts.pairs_made_equal += 1  # they differ only past the limit, or in something the tokenizer ignores
         return None
     return kept
 
 
 def _encode_prompts(
-    records: Sequence[Record[Any]], tokenizer: PreTrainedTokenizerBase, on_bad: BadRowHandler
+    records: Sequence[Record[TokensT]], tokenizer: PreTrainedTokenizerBase, on_bad: BadRowHandler
 ) -> list[array[int] | None]:
     """Token ids of each prompt; None where the record is bad."""
     ids: list[array[int] | None] = [None] * len(records)
@@ -230,7 +230,7 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, special: bool)
         )
         for index, ids in enumerate(batch["input_ids"]):
             end = len(ids)
-            # Some tokenizers close a text with EOS; the response follows here.
+            # Some tokenizers end a text with EOS; here the response follows.
             while special and end and batch["special_tokens_mask"][index][end - 1]:
                 end -= 1
             encoded.append(array("i", ids[:end]))

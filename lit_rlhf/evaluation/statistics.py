@@ -48,8 +48,8 @@ def win_rate(after: Sequence[float], before: Sequence[float], tie_tolerance: flo
     """Share of prompts on which ``after`` scores higher than ``before``; a tie counts half.
 
     The interval is Wilson's (1927) with the rate, ties counted half, as the proportion. It is not degenerate
-    when every pair is won, it needs no random numbers, and with ties it errs on the wide side: a half point
-    varies less than the coin flip that the formula assumes.
+    when every pair is won, it needs no random numbers, and with ties it is conservative: a half point varies
+    less than the coin flip that the formula assumes.
 
     Args:
         after: Scores of the model in question, one per prompt.
@@ -112,7 +112,7 @@ def proportion_ci95(rate: float, n: int) -> tuple[float, float]:
     z2 = Z95 * Z95
     center = (rate + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
-    # at the ends the formula gives exactly 0 or 1, but for rounding
+    # at the ends the formula gives exactly 0 or 1, except for rounding
     return 0.0 if rate == 0 else center - half, 1.0 if rate == 1 else center + half
 
 

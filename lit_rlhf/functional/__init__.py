@@ -1,8 +1,11 @@
 """Pure tensor functions of RLHF: masks, log-probabilities, KL, advantages and losses. Imports torch only."""
 
+import warnings
+from typing import TYPE_CHECKING
+
 from lit_rlhf.functional.advantages import (
     gae,
-    group_normalise,
+    group_normalize,
     leave_one_out,
     remax_returns,
     returns_to_go,
@@ -51,7 +54,7 @@ __all__ = [
     "finish_moments",
     "gae",
     "gather_last",
-    "group_normalise",
+    "group_normalize",
     "kl_estimate",
     "last_token_index",
     "leave_one_out",
@@ -70,3 +73,13 @@ __all__ = [
     "token_rewards",
     "whiten",
 ]
+
+if not TYPE_CHECKING:  # a checker would take any name for one of this package's
+
+    def __getattr__(name: str) -> object:
+        """Give a renamed function under its old name, which the next release no longer has."""
+        if name != "group_normalise":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        message = "lit_rlhf.functional.group_normalise is now group_normalize; the old name goes in the next release"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return group_normalize

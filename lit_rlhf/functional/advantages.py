@@ -22,7 +22,7 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
     Source: Ziegler et al. 2019, arXiv:1909.08593, Eq. 2, token by token.
 
     Args:
-        scores: [B] float, one score per response, clipped already if it should be.
+        scores: [B] float, one score per response, already clipped if it should be.
         kl: [B, T] float, per-token KL estimate.
         mask: [B, T] bool.
         kl_coef: KL coefficient (beta).
@@ -34,6 +34,13 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
     Raises:
         ValueError: The shapes do not fit together.
         TypeError: ``mask`` is not bool.
+
+    Example:
+        Real tokens pay their KL, 0.5 and 0.25, and the last of them gets the score of 1; the last column is padding.
+
+        >>> scores, kl = torch.tensor([1.0]), torch.tensor([[0.5, 0.25, 9.0]])
+        >>> token_rewards(scores, kl, torch.tensor([[True, True, False]]), kl_coef=1.0)
+        tensor([[-0.5000,  0.7500,  0.0000]])
     """
     check_mask(mask)
     check_shapes(kl=kl, mask=mask)
@@ -46,7 +53,7 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation: ``A_t = sum_l (gamma * lam)^l * delta_{t+l}``.
+    """Generalized advantage estimation: ``A_t = sum_l (gamma * lam)^l * delta_{t+l}``.
 
     ``delta_t = R_t + gamma * V_{t+1} - V_t`` where the value after a row's last real token is 0.
     Source: Schulman et al. 2016, arXiv:1506.02438, Eq. 16. Returns are advantages + values, before
@@ -66,6 +73,13 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     Raises:
         ValueError: The shapes differ or are not two-dimensional, or ``gamma`` or ``lam`` is outside [0, 1].
         TypeError: ``mask`` is not bool.
+
+    Example:
+        With gamma 1, ``delta = (0 + 0.25 - 0.5, 1 + 0 - 0.25) = (-0.25, 0.75)`` and ``A = (-0.25 + 0.5 * 0.75, 0.75)``.
+
+        >>> rewards, values = torch.tensor([[0.0, 1.0, 9.0]]), torch.tensor([[0.5, 0.25, 9.0]])
+        >>> gae(rewards, values, torch.tensor([[True, True, False]]), gamma=1.0, lam=0.5)
+        (tensor([[0.1250, 0.7500, 0.0000]]), tensor([[0.6250, 1.0000, 0.0000]]))
     """
     check_mask(mask)
     check_shapes(rewards=rewards, values=values, mask=mask)
@@ -94,6 +108,13 @@ def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
     Raises:
         ValueError: The shapes differ or are not two-dimensional, or ``gamma`` is outside [0, 1].
         TypeError: ``mask`` is not bool.
+
+    Example:
+        From the right: 4, then ``2 + 0.5 * 4``, then ``1 + 0.5 * 4``; the last position is padding.
+
+        >>> rewards, mask = torch.tensor([[1.0, 2.0, 4.0, 9.0]]), torch.tensor([[True, True, True, False]])
+        >>> returns_to_go(rewards, mask, gamma=0.5)
+        tensor([[3., 4., 4., 0.]])
     """
     check_mask(mask)
     check_shapes(rewards=rewards, mask=mask)
@@ -110,7 +131,7 @@ def remax_returns(gain: Tensor, kl: Tensor, mask: Tensor, gamma: float, kl_coef:
     those of the authors' code, liziniu/ReMax.
 
     Args:
-        gain: [B] float, the sampled response's score less the greedy one's (A).
+        gain: [B] float, the sampled response's score minus the greedy one's (A).
         kl: [B, T] float, per-token KL estimate, or its sum to go.
         mask: [B, T] bool, one unbroken run of True per row (or none).
         gamma: Discount in [0, 1].
@@ -122,6 +143,13 @@ def remax_returns(gain: Tensor, kl: Tensor, mask: Tensor, gamma: float, kl_coef:
     Raises:
         ValueError: The shapes do not fit together, or ``gamma`` is outside [0, 1].
         TypeError: ``mask`` is not bool.
+
+    Example:
+        Two real tokens: ``0.5^2 * 4 - 0.25`` and ``0.5 * 4 - 0.5``.
+
+        >>> gain, kl = torch.tensor([4.0]), torch.tensor([[0.25, 0.5, 9.0]])
+        >>> remax_returns(gain, kl, torch.tensor([[True, True, False]]), gamma=0.5, kl_coef=1.0)
+        tensor([[0.7500, 1.5000, 0.0000]])
     """
     check_mask(mask)
     check_shapes(kl=kl, mask=mask)
@@ -135,46 +163,61 @@ def remax_returns(gain: Tensor, kl: Tensor, mask: Tensor, gamma: float, kl_coef:
 
 
 def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
-    """RLOO's advantage: a response's reward less the mean reward of the other responses to its prompt.
+    """RLOO's advantage: a response's reward minus the mean reward of the other responses to its prompt.
 
     Source: Ahmadian et al. 2024, arXiv:2402.14740, section 2.3 (after Kool et al. 2019).
 
     Args:
-        rewards: [N] float; rows of a group stand together.
-        group_size: Responses a prompt (K), at least 2; divides N.
+        rewards: [N] float; the responses to one prompt are consecutive.
+        group_size: Responses per prompt (K), at least 2; must divide N.
 
     Returns:
         [N] float32 (float64 for float64 input).
 
     Raises:
         ValueError: ``rewards`` is not one-dimensional, or ``group_size`` is below 2 or does not divide N.
+
+    Example:
+        Two prompts with three responses each. The others' means are 4, 3.5 and 1.5 in the first group, 5 in the second.
+
+        >>> leave_one_out(torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0]), group_size=3)
+        tensor([-3.0000, -1.5000,  4.5000,  0.0000,  0.0000,  0.0000])
     """
     groups = _groups(rewards, group_size)
     baseline = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
     return (groups - baseline).flatten()
 
 
-def group_normalise(rewards: Tensor, group_size: int, by_std: bool = True, eps: float = 1e-4) -> Tensor:
+def group_normalize(rewards: Tensor, group_size: int, by_std: bool = True, eps: float = 1e-4) -> Tensor:
     """GRPO's advantage: ``(r - mean) / (std + eps)`` over the responses to one prompt.
 
     Source: Shao et al. 2024 (DeepSeekMath), arXiv:2402.03300, section 4.1.2.
 
     Args:
-        rewards: [N] float; rows of a group stand together.
-        group_size: Responses a prompt (K), at least 2; divides N.
-        by_std: False only subtracts the mean (Liu et al. 2025, arXiv:2503.20783: the division favours prompts
+        rewards: [N] float; the responses to one prompt are consecutive.
+        group_size: Responses per prompt (K), at least 2; must divide N.
+        by_std: False only subtracts the mean (Liu et al. 2025, arXiv:2503.20783: the division favors prompts
             whose responses score alike).
-        eps: Added to the deviation.
+        eps: Added to the standard deviation.
 
     Returns:
         [N] float32 (float64 for float64 input).
 
     Raises:
         ValueError: ``rewards`` is not one-dimensional, or ``group_size`` is below 2 or does not divide N.
+
+    Example:
+        Two prompts with three responses each, of standard deviation 2 and 1.
+
+        >>> rewards = torch.tensor([0.0, 2.0, 4.0, 1.0, 2.0, 3.0])
+        >>> group_normalize(rewards, group_size=3, eps=0.0)
+        tensor([-1.,  0.,  1., -1.,  0.,  1.])
+        >>> group_normalize(rewards, group_size=3, by_std=False)
+        tensor([-2.,  0.,  2., -1.,  0.,  1.])
     """
     groups = _groups(rewards, group_size)
-    centred = groups - groups.mean(dim=1, keepdim=True)
-    return (centred / (groups.std(dim=1, keepdim=True) + eps) if by_std else centred).flatten()
+    centered = groups - groups.mean(dim=1, keepdim=True)
+    return (centered / (groups.std(dim=1, keepdim=True) + eps) if by_std else centered).flatten()
 
 
 def _groups(rewards: Tensor, group_size: int) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class _Differentiated(torch.autograd.Function):
-    """A loss whose gradients are known already; they are multiplied by what comes from above."""
+    """A loss whose gradients are already known; the backward pass scales them by the incoming gradient."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
@@ -16,21 +16,30 @@ class _Differentiated(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, *above: Tensor) -> Any:
-        """Hand them out, once."""
+    def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+        """Return them scaled; possible once."""
         gradients, ctx.gradients = ctx.gradients, None
-        return None, None, *(gradient.mul_(above[0]) for gradient in gradients)
+        return None, None, *(gradient.mul_(incoming[0]) for gradient in gradients)
 
 
 def differentiate_now(loss: Tensor, parameters: list[torch.nn.Parameter]) -> Tensor:
-    """Differentiate a loss and free its graph; the loss returned hands the gradients on in its own backward pass.
+    """Differentiate a loss and free its graph; the loss returned passes the gradients on in its own backward pass.
 
-    Its value and gradients are those of ``loss``. Hooks on the parameters (DDP's) see one backward pass as ever.
+    Its value and gradients are those of ``loss``. Hooks on the parameters (such as DDP's) still see one backward pass.
 
     Args:
         loss: 0-dim.
-        parameters: Everything that the loss is to be differentiated by.
+        parameters: Everything that needs a gradient of this loss.
+
+    Example:
+        The gradient of ``2 * weight^2`` at 3 is 12.
+
+        >>> weight = torch.nn.Parameter(torch.tensor(3.0))
+        >>> loss = differentiate_now(weight.square(), [weight])  # the graph of the square is gone
+        >>> (2 * loss).backward()
+        >>> loss.item(), weight.grad.item()
+        (9.0, 12.0)
     """
-    with torch.autocast(loss.device.type, enabled=False):  # as the trainer's own backward pass
+    with torch.autocast(loss.device.type, enabled=False):  # as in the trainer's own backward pass
         gradients = list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
     return _Differentiated.apply(loss.detach(), gradients, *parameters)

@@ -29,6 +29,18 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor, estimato
     Raises:
         ValueError: The shapes differ, or the estimator is unknown.
         TypeError: ``mask`` is not bool.
+
+    Example:
+        The log-ratios are 0.5 and -1; the third position is padding.
+
+        >>> log_probs, ref_log_probs = torch.tensor([[-1.0, -2.0, 9.0]]), torch.tensor([[-1.5, -1.0, torch.nan]])
+        >>> mask = torch.tensor([[True, True, False]])
+        >>> kl_estimate(log_probs, ref_log_probs, mask)
+        tensor([[ 0.5000, -1.0000,  0.0000]])
+        >>> kl_estimate(log_probs, ref_log_probs, mask, "k2")
+        tensor([[0.1250, 0.5000, 0.0000]])
+        >>> kl_estimate(log_probs, ref_log_probs, mask, "k3")  # exp(-0.5) - 1 + 0.5 and e - 1 - 1
+        tensor([[0.1065, 0.7183, 0.0000]])
     """
     check_mask(mask)
     check_shapes(log_probs=log_probs, ref_log_probs=ref_log_probs, mask=mask)

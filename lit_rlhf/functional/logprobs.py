@@ -47,7 +47,7 @@ def _chunk_grad_logits(
 
 
 def _squashed(logits: Tensor, options: _Options) -> Tensor | None:
-    """The tanh inside the soft cap, in a buffer of its own."""
+    """Return the tanh inside the soft cap, in a new buffer."""
     return None if options.softcap is None else logits * (options.temperature / options.softcap)
 
 
@@ -60,8 +60,8 @@ def _through_transform(d: Tensor, squashed: Tensor | None, options: _Options) ->
 class _TokenLogProbs(torch.autograd.Function):
     """Chunked over tokens; the backward pass computes the logits a second time instead of keeping them.
 
-    Where only ``hidden`` is to be differentiated it need not: d log p_y / d hidden does not depend on what comes from
-    above but for a factor a token, so the forward pass leaves that ``[N, H]`` behind in place of ``hidden``.
+    Where only ``hidden`` needs a gradient, not even that: the incoming gradient only scales d log p_y / d hidden, one
+    factor per token, so the forward pass saves that ``[N, H]`` derivative in place of ``hidden``.
     """
 
     @staticmethod
@@ -175,8 +175,12 @@ def token_log_probs(
         (float64 for float64 input).
 
     Raises:
-        ValueError: Shapes or dtypes do not fit together, or ``softcap``, ``temperature`` or ``chunk_size`` is
-            not positive.
+        ValueError: Shapes or dtypes do not fit together, or a number other than ``scale`` is not positive.
+
+    Example:
+        >>> hidden, weight = torch.tensor([[1.0], [3.0]]).log(), torch.tensor([[0.0], [1.0]])  # [N, H] and [V, H]
+        >>> token_log_probs(hidden, weight, torch.tensor([1, 1]))[0].exp()  # logits (0, 0) and (0, log 3)
+        tensor([0.5000, 0.7500])
     """
     _check(hidden, weight, targets, bias)
     for name, value in (("softcap", softcap), ("temperature", temperature), ("chunk_size", chunk_size)):

@@ -2,7 +2,7 @@
 
 Every loss takes ``count``: the number of tokens (or pairs) of the whole batch, over all microbatches and
 ranks. The loss and its statistics then are sums divided by ``count``, and the microbatches' results add up to
-the whole. Without it they are plain means over the tokens given.
+the whole batch's. Without it they are plain means over the tokens given.
 """
 
 import torch
@@ -44,6 +44,15 @@ def clipped_policy_loss(
     Raises:
         ValueError: The shapes differ, or ``clip`` or a number ``count`` is not positive.
         TypeError: ``mask`` is not bool.
+
+    Example:
+        The ratios are 1.5, clipped to 1.2, and 0.5, where the smaller, unclipped product counts: ``-(1.2 + 0.5) / 2``.
+
+        >>> log_probs, old = torch.tensor([[0.6, 0.2, 0.9]]).log(), torch.tensor([[0.4, 0.4, 0.1]]).log()
+        >>> advantages, mask = torch.tensor([[1.0, 1.0, 9.0]]), torch.tensor([[True, True, False]])
+        >>> loss, stats = clipped_policy_loss(log_probs, old, advantages, mask, clip=0.2)
+        >>> loss, stats["clip_fraction"]
+        (tensor(-0.8500), tensor(0.5000))
     """
     check_mask(mask)
     check_shapes(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, mask=mask)
@@ -81,6 +90,13 @@ def policy_gradient_loss(
     Raises:
         ValueError: The shapes differ, or a number ``count`` is not positive.
         TypeError: ``mask`` is not bool.
+
+    Example:
+        ``-(2 * -1 + 1 * -2) / 2``; the third position is padding.
+
+        >>> log_probs, advantages = torch.tensor([[-1.0, -2.0, torch.nan]]), torch.tensor([[2.0, 1.0, 9.0]])
+        >>> policy_gradient_loss(log_probs, advantages, torch.tensor([[True, True, False]]))
+        tensor(2.)
     """
     check_mask(mask)
     check_shapes(log_probs=log_probs, advantages=advantages, mask=mask)
@@ -97,15 +113,15 @@ def dpo_loss(
     *,
     count: Tensor | float | None = None,
 ) -> Tensor:
-    """Direct preference optimisation: ``mean(-log sigmoid(beta * (chosen - rejected)))``.
+    """Direct preference optimization: ``mean(-log sigmoid(beta * (chosen - rejected)))``.
 
     Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 7; label smoothing: Mitchell 2023, "A note on DPO with noisy
     preferences", Eq. 3.
 
     Args:
         chosen_log_ratio: [n] float, ``log pi(y_w | x) - log pi_ref(y_w | x)``, summed over tokens.
-        rejected_log_ratio: [n] float, the same of ``y_l``.
-        beta: Strength of the pull towards the reference, above 0.
+        rejected_log_ratio: [n] float, the same for ``y_l``.
+        beta: Strength of the pull toward the reference, above 0.
         label_smoothing: Assumed share of pairs whose labels are swapped, in [0, 0.5).
         count: Divisor instead of n.
 
@@ -114,6 +130,15 @@ def dpo_loss(
 
     Raises:
         ValueError: The shapes differ or are not one-dimensional, or a number is out of range.
+
+    Example:
+        With log-ratios of log 3 and 0, the sigmoid is 3/4 at ``beta = 1``; where both ratios are equal, it is 1/2.
+
+        >>> chosen, rejected = torch.tensor([3.0]).log(), torch.tensor([0.0])
+        >>> dpo_loss(chosen, rejected, beta=1.0)  # -log(3 / 4)
+        tensor(0.2877)
+        >>> dpo_loss(rejected, rejected)  # log 2: the policy is still the reference
+        tensor(0.6931)
     """
     if beta <= 0:
         raise ValueError(f"beta must be positive, got {beta}")
@@ -154,6 +179,14 @@ def clipped_value_loss(
     Raises:
         ValueError: The shapes differ, or ``clip`` or a number ``count`` is not positive.
         TypeError: ``mask`` is not bool.
+
+    Example:
+        The first value moved from 1 to 2, its target, but counts as 1.5: ``0.5 * (0.5^2 + 1^2) / 2``.
+
+        >>> values, old_values = torch.tensor([[2.0, 1.0, 9.0]]), torch.tensor([[1.0, 1.0, 0.0]])
+        >>> returns, mask = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[True, True, False]])
+        >>> clipped_value_loss(values, old_values, returns, mask, clip=0.5)
+        (tensor(0.3125), {'value_clip_fraction': tensor(0.5000)})
     """
     check_mask(mask)
     check_shapes(values=values, old_values=old_values, returns=returns, mask=mask)
@@ -181,6 +214,10 @@ def cross_entropy(log_probs: Tensor, mask: Tensor, *, count: Tensor | float | No
     Raises:
         ValueError: The shapes differ, or a number ``count`` is not positive.
         TypeError: ``mask`` is not bool.
+
+    Example:
+        >>> cross_entropy(torch.tensor([[-1.0, -3.0, -9.0]]), torch.tensor([[True, True, False]]))
+        tensor(2.)
     """
     check_mask(mask)
     check_shapes(log_probs=log_probs, mask=mask)
@@ -209,6 +246,15 @@ def preference_loss(
 
     Raises:
         ValueError: The shapes differ or are not one-dimensional, or a number ``count`` is not positive.
+
+    Example:
+        A difference of log 3 gives the chosen response the probability 3/4.
+
+        >>> chosen, rejected = torch.tensor([3.0]).log(), torch.tensor([0.0])
+        >>> preference_loss(chosen, rejected)  # -log(3 / 4)
+        tensor(0.2877)
+        >>> preference_loss(chosen, rejected, margin=chosen)  # log 2: exactly as much better as the margin asks
+        tensor(0.6931)
     """
     check_rank(1, chosen_scores=chosen_scores)
     check_shapes(chosen_scores=chosen_scores, rejected_scores=rejected_scores)
@@ -235,6 +281,10 @@ def entropy_bonus(entropy: Tensor, mask: Tensor, *, count: Tensor | float | None
     Raises:
         ValueError: The shapes differ, or a number ``count`` is not positive.
         TypeError: ``mask`` is not bool.
+
+    Example:
+        >>> entropy_bonus(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
+        tensor(2.)
     """
     check_mask(mask)
     check_shapes(entropy=entropy, mask=mask)
@@ -256,6 +306,13 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     Raises:
         ValueError: The shapes differ.
         TypeError: ``mask`` is not bool.
+
+    Example:
+        The returns have variance 2, the residuals -0.5 and 0.5 have variance 0.5.
+
+        >>> values, returns = torch.tensor([[0.5, 1.5, 9.0]]), torch.tensor([[0.0, 2.0, 0.0]])
+        >>> explained_variance(values, returns, torch.tensor([[True, True, False]]))
+        tensor(0.7500)
     """
     check_mask(mask)
     check_shapes(values=values, returns=returns, mask=mask)

@@ -32,6 +32,13 @@ def response_mask(response_tokens: Tensor, eos_ids: Tensor | Sequence[int]) -> T
 
     Raises:
         ValueError: ``response_tokens`` is not two-dimensional.
+
+    Example:
+        Token 2 ends a response; the second response was cut off before it came to an end.
+
+        >>> response_mask(torch.tensor([[5, 2, 0, 0], [5, 6, 7, 8]]), eos_ids=[2])
+        tensor([[ True,  True, False, False],
+                [ True,  True,  True,  True]])
     """
     check_rank(2, response_tokens=response_tokens)
     eos = torch.as_tensor(eos_ids, dtype=response_tokens.dtype, device=response_tokens.device).reshape(-1)
@@ -43,7 +50,7 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Sum the entries of ``x`` that count.
 
     Args:
-        x: Any shape; whatever stands where ``mask`` is False (nan included) changes nothing.
+        x: Any shape; values where ``mask`` is False (nan included) change nothing.
         mask: Same shape, bool.
         dim: Dimension to sum over; None sums everything.
 
@@ -53,6 +60,10 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     Raises:
         ValueError: The shapes differ.
         TypeError: ``mask`` is not bool.
+
+    Example:
+        >>> masked_sum(torch.tensor([1.0, 2.0, torch.nan]), torch.tensor([True, True, False]))
+        tensor(3.)
     """
     check_mask(mask)
     check_shapes(x=x, mask=mask)
@@ -67,7 +78,7 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None, *, count: Tenso
     whole batch's mean.
 
     Args:
-        x: Any shape; whatever stands where ``mask`` is False (nan included) changes nothing.
+        x: Any shape; values where ``mask`` is False (nan included) change nothing.
         mask: Same shape, bool.
         dim: Dimension to average over; None averages everything.
         count: Divisor to use instead of the number of True entries.
@@ -78,6 +89,11 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None, *, count: Tenso
     Raises:
         ValueError: The shapes differ, or ``count`` is a number that is not positive.
         TypeError: ``mask`` is not bool.
+
+    Example:
+        >>> x, mask = torch.tensor([1.0, 2.0, torch.nan]), torch.tensor([True, True, False])
+        >>> masked_mean(x, mask), masked_mean(x, mask, count=6)
+        (tensor(1.5000), tensor(0.5000))
     """
     total = masked_sum(x, mask, dim)
     if count is None:
@@ -97,9 +113,9 @@ def aggregate(x: Tensor, mask: Tensor, how: Aggregation = "token", *, count: Ten
     """Average a per-token loss over a batch.
 
     Args:
-        x: [B, T] float; whatever stands where ``mask`` is False changes nothing.
+        x: [B, T] float; values where ``mask`` is False change nothing.
         mask: [B, T] bool.
-        how: ``token`` weighs every token alike; ``response`` takes each response's mean first, so that a long
+        how: ``token`` weights all tokens equally; ``response`` takes each response's mean first, so that a long
             response weighs no more than a short one (GRPO: DeepSeekMath, arXiv:2402.03300, Eq. 3).
         count: Divisor instead of the number of tokens (``token``) or of responses that have any (``response``).
 
@@ -109,6 +125,14 @@ def aggregate(x: Tensor, mask: Tensor, how: Aggregation = "token", *, count: Ten
     Raises:
         ValueError: The shapes differ or are not two-dimensional, ``how`` is unknown, or ``count`` is not positive.
         TypeError: ``mask`` is not bool.
+
+    Example:
+        Three tokens of loss 1 in one response and one token of loss 5 in another: ``8 / 4``, or ``(1 + 5) / 2``.
+
+        >>> x = torch.tensor([[1.0, 1.0, 1.0], [5.0, 9.0, 9.0]])
+        >>> mask = torch.tensor([[True, True, True], [True, False, False]])
+        >>> aggregate(x, mask, "token"), aggregate(x, mask, "response")
+        (tensor(2.), tensor(3.))
     """
     check_rank(2, x=x)
     if how == "token":
@@ -119,7 +143,19 @@ def aggregate(x: Tensor, mask: Tensor, how: Aggregation = "token", *, count: Ten
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """Return finite ``x`` unchanged; its gradient is multiplied by ``factor`` on the way back (0 stops it)."""
+    """Return finite ``x`` unchanged; its gradient is multiplied by ``factor`` on the way back (0 stops it).
+
+    Args:
+        x: Any shape, float.
+        factor: Factor of the gradient.
+
+    Example:
+        >>> x = torch.tensor(3.0, requires_grad=True)
+        >>> y = scale_gradient(x, 0.5)
+        >>> y.backward()
+        >>> y.item(), x.grad.item()
+        (3.0, 0.5)
+    """
     kept = x.detach()
     return kept + factor * (x - kept)
 
@@ -128,7 +164,7 @@ def masked_var(x: Tensor, mask: Tensor, unbiased: bool = True, dim: int | None =
     """Variance of the entries of ``x`` that count, in two passes.
 
     Args:
-        x: Any shape; whatever stands where ``mask`` is False (nan included) changes nothing.
+        x: Any shape; values where ``mask`` is False (nan included) change nothing.
         mask: Same shape, bool.
         unbiased: Divide by n - 1 instead of n.
         dim: Dimension to reduce; None reduces everything.
@@ -139,6 +175,11 @@ def masked_var(x: Tensor, mask: Tensor, unbiased: bool = True, dim: int | None =
     Raises:
         ValueError: The shapes differ.
         TypeError: ``mask`` is not bool.
+
+    Example:
+        >>> x, mask = torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False])
+        >>> masked_var(x, mask), masked_var(x, mask, unbiased=False)
+        (tensor(2.), tensor(1.))
     """
     mean = masked_mean(x, mask, dim)
     mean = mean if dim is None else mean.unsqueeze(dim)
@@ -148,12 +189,12 @@ def masked_var(x: Tensor, mask: Tensor, unbiased: bool = True, dim: int | None =
 
 
 def moments(x: Tensor, mask: Tensor) -> Tensor:
-    """Count, sum and sum of squares of the entries that count: add them over ranks, then finish.
+    """Number, sum and sum of squares of the entries that count: add them over ranks, then finish.
 
     ``finish_moments(all_reduce_sum(moments(x, mask)))`` gives the mean and variance over all ranks.
 
     Args:
-        x: Any shape; whatever stands where ``mask`` is False (nan included) changes nothing.
+        x: Any shape; values where ``mask`` is False (nan included) change nothing.
         mask: Same shape, bool.
 
     Returns:
@@ -162,6 +203,10 @@ def moments(x: Tensor, mask: Tensor) -> Tensor:
     Raises:
         ValueError: The shapes differ.
         TypeError: ``mask`` is not bool.
+
+    Example:
+        >>> moments(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False]))
+        tensor([ 2.,  4., 10.], dtype=torch.float64)
     """
     check_mask(mask)
     check_shapes(x=x, mask=mask)
@@ -182,6 +227,13 @@ def finish_moments(total: Tensor, unbiased: bool = True) -> tuple[Tensor, Tensor
 
     Raises:
         ValueError: ``total`` does not have shape (3,).
+
+    Example:
+        One rank holds the number 1, another the number 3.
+
+        >>> one = torch.ones(1, dtype=torch.bool)
+        >>> finish_moments(moments(torch.tensor([1.0]), one) + moments(torch.tensor([3.0]), one))
+        (tensor(2., dtype=torch.float64), tensor(2., dtype=torch.float64))
     """
     if total.shape != (3,):
         raise ValueError(f"total must have shape (3,), got {tuple(total.shape)}")
@@ -203,7 +255,7 @@ def whiten(
     """Scale the entries that count to variance 1, and by default shift them to mean 0.
 
     Args:
-        x: Any shape; whatever stands where ``mask`` is False (nan included) changes nothing.
+        x: Any shape; values where ``mask`` is False (nan included) change nothing.
         mask: Same shape, bool.
         mean: Mean to use, for example over all ranks (``finish_moments``); None takes that of ``x``.
         var: Variance to use; None takes the unbiased one of ``x``.
@@ -216,6 +268,15 @@ def whiten(
     Raises:
         ValueError: The shapes differ.
         TypeError: ``mask`` is not bool.
+
+    Example:
+        The entries that count have mean 2 and standard deviation 2.
+
+        >>> x, mask = torch.tensor([0.0, 2.0, 4.0, 9.0]), torch.tensor([True, True, True, False])
+        >>> whiten(x, mask)
+        tensor([-1.,  0.,  1.,  0.])
+        >>> whiten(x, mask, shift_mean=False)
+        tensor([1., 2., 3., 0.])
     """
     check_mask(mask)
     check_shapes(x=x, mask=mask)
@@ -234,12 +295,18 @@ def last_token_index(mask: Tensor) -> Tensor:
         mask: [B, T] bool with T >= 1.
 
     Returns:
-        [B] long. A row without any True gives 0, so the result always is a valid column; ask ``mask.any(-1)``
-        which rows those are.
+        [B] long. A row without any True gives 0, so the result is always a valid column; ``mask.any(-1)`` tells
+        such rows apart.
 
     Raises:
         ValueError: ``mask`` is not two-dimensional or has no columns.
         TypeError: ``mask`` is not bool.
+
+    Example:
+        Right padding, left padding, and a row without tokens.
+
+        >>> last_token_index(torch.tensor([[True, True, False], [False, True, True], [False, False, False]]))
+        tensor([1, 2, 0])
     """
     check_mask(mask)
     check_rank(2, mask=mask)
@@ -262,6 +329,11 @@ def gather_last(x: Tensor, mask: Tensor) -> Tensor:
     Raises:
         ValueError: The first two dimensions differ, or ``mask`` is not two-dimensional or has no columns.
         TypeError: ``mask`` is not bool.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0, 9.0], [9.0, 3.0, 4.0]])
+        >>> gather_last(x, torch.tensor([[True, True, False], [False, True, True]]))
+        tensor([2., 4.])
     """
     last = last_token_index(mask)
     if x.shape[:2] != mask.shape:
@@ -285,6 +357,11 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 
     Raises:
         ValueError: ``attention_mask`` is not two-dimensional.
+
+    Example:
+        >>> position_ids(torch.tensor([[0, 1, 1], [1, 1, 0]]))
+        tensor([[0, 0, 1],
+                [0, 1, 1]])
     """
     check_rank(2, attention_mask=attention_mask)
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)

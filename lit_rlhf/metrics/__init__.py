@@ -1,4 +1,4 @@
-"""Metrics that add up over batches and ranks (torchmetrics); meters of memory."""
+"""Metrics summed over batches and ranks (torchmetrics), and memory meters."""
 
 from lit_rlhf.metrics.language import TokenPerplexity
 from lit_rlhf.metrics.preference import PairwiseAccuracy, RewardMargin

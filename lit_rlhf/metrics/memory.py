@@ -1,4 +1,4 @@
-"""Memory of a run: peaks of a stretch of it, on the host and on CUDA, and what is kept, by kind."""
+"""Memory of a run: peaks over an interval, on the host and on CUDA, and what is kept, by kind."""
 
 import contextlib
 import ctypes
@@ -17,16 +17,16 @@ HISTORY = 100_000  # allocator events kept for a snapshot
 
 
 class Meter(Protocol):
-    """Measures the peak memory of stretches of a run."""
+    """Measures the peak memory of intervals of a run."""
 
     def reset(self) -> None:
-        """Begin a stretch."""
+        """Begin an interval."""
 
     def read(self) -> dict[str, int]:
         """Return the peaks since the last reset, in bytes, by name."""
 
     def release(self) -> None:
-        """Give cached memory that nothing uses back to the system."""
+        """Return unused cached memory to the system."""
 
 
 class HostMeter:
@@ -60,7 +60,7 @@ class CudaMeter:
     """Peaks of PyTorch's CUDA allocator on the current device.
 
     Args:
-        history: The allocator's events are being recorded: fragmentation is read from them, exactly.
+        history: Whether the allocator's events are being recorded; fragmentation is then computed from them, exactly.
     """
 
     def __init__(self, history: bool = False) -> None:
@@ -68,7 +68,7 @@ class CudaMeter:
         self._before = (0, 0, 0)
 
     def reset(self) -> None:
-        """Forget the peaks, and remember where the stretch begins."""
+        """Forget the peaks, and remember where the interval begins."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         events = len(self._events()) if self.history else 0
@@ -124,7 +124,7 @@ def fragmentation(events: Iterable[Mapping[str, Any]], allocated: int, reserved:
 
 
 def merge_peaks(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
-    """Return the peaks of two stretches together; fragmentation is that of the stretch that reserved more."""
+    """Return the peaks over two intervals; fragmentation is that of the interval that reserved more."""
     larger = second if second.get("reserved", 0) > first.get("reserved", 0) else first
     return {
         name: larger.get(name, 0) if name.startswith("fragmentation") else max(first.get(name, 0), second.get(name, 0))

@@ -6,7 +6,7 @@ from torchmetrics import MeanMetric
 
 
 class PairMean(MeanMetric):
-    """Mean over all pairs of what :meth:`of_pairs` says of each; sums are float64. nan before the first pair."""
+    """Mean of :meth:`of_pairs` over all pairs, summed in float64; nan before the first pair."""
 
     higher_is_better = True  # type: ignore[assignment]  # annotated as None in torchmetrics
 
@@ -15,7 +15,7 @@ class PairMean(MeanMetric):
         self.set_dtype(torch.float64)
 
     def of_pairs(self, chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
-        """Return one number a pair: ``[n]`` float64.
+        """Return one number per pair: ``[n]`` float64.
 
         Args:
             chosen_scores: [n] float64.
@@ -52,7 +52,7 @@ class PairwiseAccuracy(PairMean):
     """Share of pairs whose chosen response scores higher; a tie counts half, a nan score as wrong."""
 
     def of_pairs(self, chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
-        """Return 1 for a pair in order, 0.5 for a tie, else 0."""
+        """Return 1 for a correctly ordered pair, 0.5 for a tie, else 0."""
         wins, ties = chosen_scores > rejected_scores, chosen_scores == rejected_scores
         return wins.double() + ties.double() / 2
 

@@ -33,10 +33,10 @@ from lit_rlhf.functional import clipped_policy_loss, policy_gradient_loss
 
 CRITIC_FREE = [ReMax, RLOO, GRPO, ReinforcePlusPlus]
 ALL = [PPO, Reinforce, *CRITIC_FREE]
-# METHODS: roles that share a (trunk, LoRA set) share one pass over a rollout.
+# Roles that share trunk and adapter share one forward pass over a rollout.
 PASSES = {"full": 4, "lora": 4, "dynamic_lora": 4, "pe": 4, "j_hydra": 2, "hydra": 3}
 PASSES_WITHOUT_CRITIC = {"full": 3, "lora": 3, "dynamic_lora": 3, "pe": 3, "j_hydra": 2, "hydra": 2}
-# Trunks and LoRA sets in memory without a critic.
+# Trunks and adapters in memory without a critic.
 TENSORS_WITHOUT_CRITIC = {
     "full": (3, 0), "lora": (3, 1), "dynamic_lora": (2, 1), "pe": (1, 2), "j_hydra": (1, 1), "hydra": (1, 1),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""PPO: the invariants of METHODS, its options, and that it learns."""
+"""PPO: its invariants (arXiv:1707.06347), its options, and that it learns."""
 
 import csv
 from pathlib import Path

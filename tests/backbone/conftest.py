@@ -124,7 +124,7 @@ def randomize():
 
 @pytest.fixture
 def make_backbone(make_model, randomize):
-    """Build a layout of METHODS.md on copies of one random model and change everything that is trained."""
+    """Build a layout on copies of one random model and change everything that is trained."""
 
     def make_backbone(layout="hydra", family="llama", model=None, roles=None, update=True, lora=None, **kwargs):
         model = model if model is not None else make_model(family)

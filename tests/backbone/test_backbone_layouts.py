@@ -1,4 +1,4 @@
-"""The table of METHODS.md: trunks, adapters, passes, bytes; and what a malformed layout says."""
+"""Every layout: trunks, adapters, passes, bytes; and what a malformed layout says."""
 
 import copy
 from collections import Counter
@@ -10,7 +10,7 @@ from lit_rlhf.backbone import LAYOUTS, Backbone, Layout, LoraArgs, Role, Trunk, 
 
 ROLES = ("actor", "critic", "reference", "reward")
 NO_CRITIC = ("actor", "reference", "reward")
-# METHODS.md: trunks, adapters; then both without a critic.
+# Trunks and adapters; then both without a critic.
 TABLE = {
     "full": (4, 0, 3, 0),
     "lora": (4, 2, 3, 1),

@@ -65,5 +65,5 @@ def test_the_pad_id_as_a_real_token_stays_in_the_masks():
 
 @pytest.mark.parametrize("collate", [collate_pairs, collate_instructions, collate_prompts])
 def test_no_examples(collate):
-    with pytest.raises(ValueError, match="no examples"):
+    with pytest.raises(ValueError, match="at least one example"):
         collate([], pad_id=0)

@@ -59,7 +59,11 @@ def test_what_states_no_preference_is_counted_in_one_warning(write_json):
     with pytest.warns(UserWarning, match="^Format 'gpt4_llm' left out") as caught:
         assert pairs("gpt4_llm", path) == [("g", "i", "h"), ("g", "i", "h")]
     assert len(caught) == 1
-    for part in ("1 prompts whose responses all tie", "2 prompts with fewer than two", "1 pairs of the same response"):
+    for part in (
+        "1 prompts whose responses all tie",
+        "2 prompts with fewer than two",
+        "1 pairs whose two responses are the same",
+    ):
         assert part in str(caught[0].message)
     with pytest.warns(UserWarning, match="left out: 1 prompts without a response"):
         assert instructions("gpt4_llm", path) == [("a", "b"), ("d", "e"), ("g", "i")]
@@ -92,7 +96,7 @@ def test_tldr(write):
 
 def test_tldr_passes_over_news_articles(write):
     path = write([comparison(0), comparison(0, post=None, subreddit=None, article="news")])
-    with pytest.warns(UserWarning, match="left out: 1 rows that hold no ranking"):
+    with pytest.warns(UserWarning, match="left out: 1 rows without a ranking"):
         assert pairs("tldr", path) == [(TLDR_PROMPT, " c", " d")]
 
 

@@ -30,7 +30,7 @@ scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_
 values = st.recursive(
     scalars, lambda of: st.lists(of, max_size=3) | st.dictionaries(st.text(max_size=4), of, max_size=3), max_leaves=8
 )
-# Lines that are nearly right come out of pure noise too seldom.
+# Pure noise yields nearly valid lines too rarely.
 lines = st.one_of(
     st.binary(max_size=20).map(lambda line: line.replace(b"\n", b"")),
     values.map(lambda value: json.dumps(value).encode()),

@@ -82,7 +82,7 @@ def test_hub_failure_names_the_source(monkeypatch):
         ("r.jsonl", b"[" * 100_000, ["r.jsonl:1", "broken JSON"]),
         ("r.jsonl", b"1" * 5000, ["r.jsonl:1", "broken JSON"]),
         ("r.jsonl.gz", b"not gzip", ["r.jsonl.gz:1", "damaged"]),
-        # Without the time, which would stand in this case's name: processes that share the tests compare their names.
+        # Without the time, which would be part of this case's name: xdist's workers compare their names.
         ("r.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9], ["r.jsonl.gz:", "damaged"]),
         ("r.json", b'[{"a": 1}\n{"a": 2}]', ["r.json: broken JSON", "line 2", "one array of JSON objects"]),
         ("r.json", b'{\n"a": 1}', ["r.json:1", "broken JSON", "one JSON object on each line"]),

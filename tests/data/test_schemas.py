@@ -98,7 +98,7 @@ BAD_ROWS = [
     (MISSING, "'rejected'", "is missing", "*_column"),
     ({**MISSING, "rejected": None}, "'rejected'", "is missing", "Add it"),
     ({"text": "a"}, "'prompt'", "is missing", "['text']"),
-    ({"chosen": "b", "rejected": "c"}, "'prompt'", "no HH-RLHF transcript", "choose a format"),
+    ({"chosen": "b", "rejected": "c"}, "'prompt'", "not an HH-RLHF transcript", "choose a format"),
     (pair_row(prompt=3), "'prompt'", "not int", "Give a string"),
     (pair_row(chosen={"a": 1}), "'chosen'", "not dict", "Give a string"),
     (pair_row(prompt=" \n"), "'prompt'", "empty", "Fill or remove"),

@@ -9,7 +9,7 @@ from lit_rlhf.evaluation.statistics import _t95
 def test_win_rate_by_hand():
     result = win_rate([1.0, 2.0, 3.0, 0.0], [0.0, 2.0, 1.0, 5.0])
     assert (result.rate, result.wins, result.ties, result.losses) == (0.625, 2, 1, 1)
-    # Wilson by hand: z^2 = 3.841459, n = 4: centre (0.625 + 0.480182) / 1.960365,
+    # Wilson by hand: z^2 = 3.841459, n = 4: center (0.625 + 0.480182) / 1.960365,
     # half width 1.959964 / 1.960365 * sqrt(0.0585938 + 0.0600228) = 0.344338
     assert result.ci95[0] == pytest.approx(0.219425, abs=1e-5)
     assert result.ci95[1] == pytest.approx(0.908101, abs=1e-5)

@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import pytest
 import torch
 
-from lit_rlhf.functional import gae, group_normalise, leave_one_out, remax_returns, returns_to_go, token_rewards
+from lit_rlhf.functional import gae, group_normalize, leave_one_out, remax_returns, returns_to_go, token_rewards
 
 JUNK = [float("nan"), float("inf"), -1e30]
 
@@ -169,7 +171,7 @@ def test_returns_to_go_ignore_junk(junk):
 
 
 def remax_literally(gain, log_probs, ref_log_probs, length, gamma, beta):
-    """The formula of METHODS, token by token: t runs from 1 to T."""
+    """The return of the ReMax authors' code, token by token: t runs from 1 to T."""
     row = []
     for t in range(1, length + 1):
         own_kl = log_probs[t - 1] - ref_log_probs[t - 1]
@@ -222,17 +224,17 @@ def test_leave_one_out_against_a_loop(group_size):
         assert got[i].item() == pytest.approx(rewards[i].item() - sum(others) / len(others))
 
 
-def test_group_normalise_by_hand():
+def test_group_normalize_by_hand():
     rewards = torch.tensor([1.0, 3.0, 5.0, 5.0])
-    got = group_normalise(rewards, 2, eps=0.0)
+    got = group_normalize(rewards, 2, eps=0.0)
     assert got[:2].tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5])  # deviation sqrt(2), unbiased
-    assert group_normalise(rewards, 2).tolist()[2:] == [0.0, 0.0]
-    assert group_normalise(rewards, 2, by_std=False).tolist() == [-1.0, 1.0, 0.0, 0.0]
+    assert group_normalize(rewards, 2).tolist()[2:] == [0.0, 0.0]
+    assert group_normalize(rewards, 2, by_std=False).tolist() == [-1.0, 1.0, 0.0, 0.0]
 
 
-def test_group_normalise_against_a_loop():
+def test_group_normalize_against_a_loop():
     rewards = torch.randn(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    got = group_normalise(rewards, 4, eps=1e-4)
+    got = group_normalize(rewards, 4, eps=1e-4)
     for start in range(0, 12, 4):
         group = rewards[start : start + 4].tolist()
         mean = sum(group) / 4
@@ -240,7 +242,16 @@ def test_group_normalise_against_a_loop():
         assert got[start : start + 4].tolist() == pytest.approx([(x - mean) / (deviation + 1e-4) for x in group])
 
 
-@pytest.mark.parametrize("function", [leave_one_out, group_normalise])
+def test_the_old_spelling_of_group_normalize_is_imported_with_a_warning():
+    with pytest.warns(DeprecationWarning, match="is now group_normalize") as caught:
+        from lit_rlhf.functional import group_normalise
+    assert group_normalise is group_normalize
+    assert {Path(warning.filename).name for warning in caught} == {Path(__file__).name}
+    with pytest.raises(ImportError, match="group_normalised"):
+        from lit_rlhf.functional import group_normalised  # noqa: F401
+
+
+@pytest.mark.parametrize("function", [leave_one_out, group_normalize])
 def test_groups_are_independent_and_bad_sizes_are_named(function):
     rewards = torch.randn(8)
     parts = torch.cat([function(rewards[:4], 4), function(rewards[4:], 4)])

@@ -38,7 +38,7 @@ def test_no_function_waits_for_a_value():
         )
         lf.remax_returns(scores, a, mask, 0.99, 0.1)
         lf.leave_one_out(scores, 3)
-        lf.group_normalise(scores, 3)
+        lf.group_normalize(scores, 3)
         weight = torch.randn(7, 5, requires_grad=True)
         log_probs, entropy = lf.token_log_probs(a, weight, tokens[:, 0], softcap=2.0, with_entropy=True)
         (loss + log_probs.sum() + entropy.sum()).backward()

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Open question 3, memory: what every layout needs from 125M to 175B parameters, predicted from shapes alone (no
-# weights, no GPU), one JSON object a line:
+# weights, no GPU), one JSON object per line:
 #
 #   sh experiments/open_questions/scaling/memory.sh [options of lit-rlhf memory] > memory.jsonl
 set -eu

@@ -1,6 +1,6 @@
-"""Summarise a run of this folder: losses of both halves, held-out accuracy with its 95 % interval.
+"""Summarize a run of this folder: losses of both halves, held-out accuracy with its 95 % interval.
 
-python experiments/hh_rlhf/summarise.py runs/hh_hydra_sft/version_0 --pairs 400
+python experiments/hh_rlhf/summarize.py runs/hh_hydra_sft/version_0 --pairs 400
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 from lit_rlhf.evaluation import proportion_ci95
 
 
-def summarise(folder: Path, pairs: int) -> dict[str, object]:
+def summarize(folder: Path, pairs: int) -> dict[str, object]:
     """Read ``metrics.csv`` and return mean losses of the run's two halves, and accuracy with Wilson's interval."""
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the run's version folder")
     parser.add_argument("--pairs", type=int, required=True, help="held-out pairs")
     args = parser.parse_args()
-    print(json.dumps(summarise(args.folder, args.pairs), indent=1))
+    print(json.dumps(summarize(args.folder, args.pairs), indent=1))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def adamw(parameters: ParamsT) -> torch.optim.Optimizer:
 def stage_of(layout: str) -> str:
     """Return the file of the stage that a layout's reward role reads: a reward model, or a Hydra-SFT."""
     table = find_layout(layout)
-    own_reward = table.loaded_adapters or any(trunk.artefact == "reward" for trunk in table.trunks.values())
+    own_reward = table.loaded_adapters or any(trunk.artifact == "reward" for trunk in table.trunks.values())
     return REWARD if own_reward else HYDRA
 
 

@@ -8,6 +8,8 @@ import traceback
 from typing import Any, NoReturn
 
 import lightning as L
+import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -22,6 +24,7 @@ from lit_rlhf.callbacks import IterationProgress, PredictionWriter
 from lit_rlhf.commands.messages import check_files, parser_message
 from lit_rlhf.commands.own_modules import config_files, find_own_modules, load_plugins
 from lit_rlhf.errors import ConfigError, LitRLHFError
+from lit_rlhf.renamed import rename_settings, rename_words
 from lit_rlhf.strategies import refuse_strategy
 from lit_rlhf.warning_filters import silence_warnings
 
@@ -38,6 +41,7 @@ REFUSING_MODULES = tuple(
         "trainer.connectors.checkpoint_connector",  # ckpt_path: best
     )
 )
+LOAD_YAML = get_loader("yaml")
 TRAINER_DEFAULTS: dict[str, Any] = {
     "logger": {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
@@ -194,12 +198,14 @@ def run_cli(args: list[str] | None) -> None:
     words = sys.argv[1:] if args is None else args
     find_own_modules(words)
     load_plugins()
+    current = rename_words(words)
     if words[0] in LightningCLI.subcommands():
         try:
             check_files(words[0], config_files(words))
         except ConfigError as error:
             print(f"lit-rlhf: {error}", file=sys.stderr)
             raise SystemExit(2) from error
+    set_loader("yaml", lambda text: rename_settings(LOAD_YAML(text)), (yaml.YAMLError,))
     silence_warnings()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     CLI(
@@ -214,5 +220,5 @@ def run_cli(args: list[str] | None) -> None:
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": "lit-rlhf", "allow_abbrev": False},
         parser_class=Parser,
-        args=args,
+        args=None if args is None and current == words else current,
     )

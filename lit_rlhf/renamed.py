@@ -21,13 +21,13 @@ def renamed(**names: str) -> Callable[[Class], Class]:
     """
 
     def decorate(cls: Class) -> Class:
-        construct = cls.__init__
+        construct: Callable[..., None] = cls.__init__  # type: ignore[misc]
 
         @functools.wraps(construct)
         def __init__(self: object, *args: Any, **kwargs: Any) -> None:
             construct(self, *args, **_rename_keys(kwargs, names))
 
-        cls.__init__ = __init__
+        cls.__init__ = __init__  # type: ignore[misc]
         for old, new in names.items():
             setattr(cls, old, _alias(old, new))
         RENAMED.update(names)

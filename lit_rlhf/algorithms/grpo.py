@@ -68,8 +68,9 @@ class GRPO(OnPolicyModule):
         b = minibatch
         # A response's mean is divided by the responses, as many in every minibatch of every rank.
         count = b.count if self.aggregation == "token" else None
-        how: dict[str, Any] = {"aggregation": self.aggregation, "count": count}
-        policy_loss, stats = clipped_policy_loss(log_probs, b.log_probs, b.advantages, b.mask, self.clip, **how)
+        policy_loss, stats = clipped_policy_loss(
+            log_probs, b.log_probs, b.advantages, b.mask, self.clip, aggregation=self.aggregation, count=count
+        )
         kl_loss = aggregate(
             kl_estimate(log_probs, b.ref_log_probs, b.mask, self.kl_estimator), b.mask, self.aggregation, count=count
         )

@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 import traceback
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import lightning as L
@@ -58,12 +59,16 @@ class ConfigToLoggers(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Send the configuration as plain values."""
         for logger in trainer.loggers:
-            logger.log_hyperparams(_plain(self.config.as_dict()))
+            logger.log_hyperparams(_plain_dict(self.config.as_dict()))
 
 
-def _plain(value: Any) -> Any:
+def _plain_dict(settings: Mapping[str, object]) -> dict[str, object]:
+    return {key: _plain(value) for key, value in settings.items() if key not in ("config", "ckpt_path")}
+
+
+def _plain(value: object) -> object:
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if key not in ("config", "ckpt_path")}
+        return _plain_dict(value)
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)

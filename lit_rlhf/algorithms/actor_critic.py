@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lit_rlhf.algorithms.on_policy import OnPolicyModule
 from lit_rlhf.algorithms.settings import out_of_range
+from lit_rlhf.backbone import PassOptions
 from lit_rlhf.callbacks import CriticWarmup
 from lit_rlhf.functional import (
     clipped_value_loss,
@@ -107,7 +108,7 @@ class ActorCriticModule(OnPolicyModule):
             return [("actor", "critic")]
         return [("critic",), ("actor",)]
 
-    def pass_options(self) -> dict[str, Any]:
+    def pass_options(self) -> PassOptions:
         """Add the factor on the value gradient, and the entropy where it has a weight."""
         return {"value_gradient": self.value_gradient, "entropy": self.entropy_coef > 0}
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import lightning as L
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -163,13 +164,13 @@ class BackboneModule(L.LightningModule):
         Raises:
             StrategyError: The device mesh has a tensor-parallel dimension.
         """
-        mesh: Any = None if self.device_mesh is None else data_parallel_mesh(self.device_mesh)
+        mesh = None if self.device_mesh is None else data_parallel_mesh(self.device_mesh)
         # bitsandbytes quantizes while it loads, and its tensors carry state of their own: every rank loads those.
         from_first_rank = mesh is not None and mesh.size() > 1 and self.spec.quantization is None
         if not hasattr(self, "backbone"):
             layout = self.make_layout()
             stages = self._stages or read_stages(self.spec, layout)
-            skeleton = from_first_rank and mesh.get_local_rank() > 0
+            skeleton = mesh is not None and from_first_rank and mesh.get_local_rank() > 0
             with without_weights() if skeleton else nullcontext():
                 self.backbone = build_backbone(self.spec, layout, self.gradient_checkpointing, self.temperature, stages)
             self.spec.fingerprints = self.spec.fingerprints or stages.fingerprints()
@@ -177,14 +178,14 @@ class BackboneModule(L.LightningModule):
             if self.compile_layers:
                 compile_layers(self.backbone)
         if mesh is not None:
-            shard_module(self, mesh, from_first_rank)
+            shard_module(self, self.backbone, self.entry_methods, mesh, from_first_rank)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's parameter groups."""
         parameters = dict(self.backbone.named_parameters())
         return [{"params": [parameters[name] for name in self.backbone.trainable_names]}]
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer and its schedule from the given classes."""
         optimizer = self.optimizer(self.parameter_groups())
         if self.lr_scheduler is None:
@@ -192,7 +193,7 @@ class BackboneModule(L.LightningModule):
         scheduler = self.lr_scheduler(optimizer)
         # Only ReduceLROnPlateau has a monitor.
         monitor = getattr(scheduler, "monitor", None)
-        schedule = {"scheduler": scheduler, "interval": self.lr_interval, "monitor": monitor}
+        schedule: LRSchedulerConfigType = {"scheduler": scheduler, "interval": self.lr_interval, "monitor": monitor}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]

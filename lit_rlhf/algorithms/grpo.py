@@ -1,4 +1,4 @@
-"""GRPO: outcome rewards normalised within the responses to a prompt. No critic."""
+"""GRPO: outcome rewards normalized within the responses to a prompt. No critic."""
 
 from typing import Any
 
@@ -14,11 +14,13 @@ from lit_rlhf.functional import (
     group_normalize,
     kl_estimate,
 )
+from lit_rlhf.renamed import renamed
 from lit_rlhf.rollout import Experience
 
 
+@renamed(normalise_by_std="normalize_by_std")
 class GRPO(OnPolicyModule):
-    """Group relative policy optimisation, outcome supervision.
+    """Group relative policy optimization, outcome supervision.
 
     Paper    Shao et al. 2024 (DeepSeekMath), arXiv:2402.03300, Eq. 3 and 4
     Overrides
@@ -28,7 +30,7 @@ class GRPO(OnPolicyModule):
     Args:
         samples_per_prompt: Responses to each prompt (K), at least 2.
         clip: Range of the policy ratio.
-        normalise_by_std: Divide by the group's deviation; False is Dr. GRPO's (Liu et al. 2025, arXiv:2503.20783).
+        normalize_by_std: Divide by the group's deviation; False is Dr. GRPO's (Liu et al. 2025, arXiv:2503.20783).
         aggregation: ``response`` averages each response's tokens first (the paper), ``token`` weighs tokens alike.
         kl_estimator: Per-token KL estimate in the loss: k3 or k2.
         **kwargs: See :class:`OnPolicyModule`.
@@ -38,14 +40,14 @@ class GRPO(OnPolicyModule):
         self,
         samples_per_prompt: int = 4,
         clip: float = 0.2,
-        normalise_by_std: bool = True,
+        normalize_by_std: bool = True,
         aggregation: Aggregation = "response",
         kl_estimator: KLEstimator = "k3",
         **kwargs: Any,
     ) -> None:
         super().__init__(samples_per_prompt=samples_per_prompt, kl_estimator=kl_estimator, **kwargs)
         self.clip = clip
-        self.normalise_by_std = normalise_by_std
+        self.normalize_by_std = normalize_by_std
         self.aggregation: Aggregation = aggregation
 
     def problems(self) -> list[str]:
@@ -58,7 +60,7 @@ class GRPO(OnPolicyModule):
     def estimate(self, experience: Experience) -> None:
         """Fill advantages."""
         scores = self.shaped_scores(experience)
-        advantages = group_normalize(scores, self.samples_per_prompt, self.normalise_by_std)
+        advantages = group_normalize(scores, self.samples_per_prompt, self.normalize_by_std)
         experience.advantages = advantages[:, None] * experience.mask
 
     def policy_loss(self, log_probs: Tensor, minibatch: Experience) -> tuple[Tensor, dict[str, Tensor]]:
@@ -66,8 +68,9 @@ class GRPO(OnPolicyModule):
         b = minibatch
         # A response's mean is divided by the responses, as many in every minibatch of every rank.
         count = b.count if self.aggregation == "token" else None
-        how: dict[str, Any] = {"aggregation": self.aggregation, "count": count}
-        policy_loss, stats = clipped_policy_loss(log_probs, b.log_probs, b.advantages, b.mask, self.clip, **how)
+        policy_loss, stats = clipped_policy_loss(
+            log_probs, b.log_probs, b.advantages, b.mask, self.clip, aggregation=self.aggregation, count=count
+        )
         kl_loss = aggregate(
             kl_estimate(log_probs, b.ref_log_probs, b.mask, self.kl_estimator), b.mask, self.aggregation, count=count
         )

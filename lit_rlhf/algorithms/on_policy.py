@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from lit_rlhf.algorithms.base import BackboneModule
-from lit_rlhf.backbone import Layout, LoraArgs, find_layout
+from lit_rlhf.backbone import Layout, LoraArgs, PassOptions, find_layout
 from lit_rlhf.callbacks import PhaseTimer, SampleTable, StopInIteration, TrainingPhase
 from lit_rlhf.functional import KLEstimator, kl_estimate
 from lit_rlhf.rollout import (
@@ -16,11 +16,13 @@ from lit_rlhf.rollout import (
     Experience,
     FixedKL,
     KLController,
+    PromptBatch,
     Reward,
     RewardScaler,
     RewardScaling,
     RoleReward,
     RolloutBuffer,
+    Sample,
     Sampling,
     Scored,
     TransformersEngine,
@@ -148,15 +150,15 @@ class OnPolicyModule(BackboneModule):
         own = [self.rollout_buffer, TrainingPhase(), PhaseTimer(), SampleTable(self.log_samples)]
         return [*super().configure_callbacks(), *own]
 
-    def rollout(self, prompts: dict[str, Any]) -> tuple[Experience, list[dict[str, Any]]]:
+    def rollout(self, prompts: PromptBatch) -> tuple[Experience, list[Sample]]:
         """Collect one iteration's experience, and log its means; see :meth:`Collector.collect`."""
         return self.collector.collect(self, prompts)
 
-    def sample(self, prompts: dict[str, Any]) -> Experience:
+    def sample(self, prompts: PromptBatch) -> Experience:
         """Hook: return ``samples_per_prompt`` responses to each of N prompts, those to one prompt together."""
         return self.generate(prompts, self.samples_per_prompt)
 
-    def score(self, experience: Experience, prompts: dict[str, Any]) -> Scored:
+    def score(self, experience: Experience, prompts: PromptBatch) -> Scored:
         """Hook: fill log-probs, values and scores; see :meth:`Collector.score`. Returns the texts that were scored."""
         return self.collector.score(self, experience, prompts)
 
@@ -173,7 +175,7 @@ class OnPolicyModule(BackboneModule):
         loss, self.minibatch_stats = self.policy_loss(self.log_probs(minibatch), minibatch)
         return loss
 
-    def generate(self, prompts: dict[str, Any], samples: int = 1, greedy: bool = False) -> Experience:
+    def generate(self, prompts: PromptBatch, samples: int = 1, greedy: bool = False) -> Experience:
         """Sample responses to each prompt with the current actor; ``greedy`` adds one most probable response each."""
         return self.collector.generate(self, prompts, samples, greedy)
 
@@ -181,7 +183,7 @@ class OnPolicyModule(BackboneModule):
         """Return the roles of each forward pass of the loss, in the order in which the loss runs them."""
         return [("actor",)]
 
-    def pass_options(self) -> dict[str, Any]:
+    def pass_options(self) -> PassOptions:
         """Return the keyword arguments of these passes; see :meth:`Backbone.forward`."""
         return {}
 
@@ -212,16 +214,16 @@ class OnPolicyModule(BackboneModule):
         self.log_training({**self.minibatch_stats, "loss": loss}, len(batch))
         return loss
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Sample on held-out prompts; log score, KL and length."""
         self.collector.evaluate(self, batch, "val")
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """As validation, under ``test/``."""
         self.collector.evaluate(self, batch, "test")
 
     @torch.no_grad()
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, str]]:
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, str]]:
         """Return prompts and sampled responses as text."""
         responses = self.generate(batch).decode(self.tokenizer)
         return [{"prompt": p, "response": r} for p, r in zip(batch["prompts"], responses, strict=True)]

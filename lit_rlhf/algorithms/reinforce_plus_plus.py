@@ -1,4 +1,4 @@
-"""REINFORCE++: reward-to-go with token KL, normalised over the whole batch, and PPO's clip. No critic."""
+"""REINFORCE++: reward-to-go with token KL, normalized over the whole batch, and PPO's clip. No critic."""
 
 from typing import Any
 

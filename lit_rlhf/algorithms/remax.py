@@ -7,7 +7,7 @@ from torch import Tensor
 from lit_rlhf.algorithms.on_policy import OnPolicyModule
 from lit_rlhf.algorithms.settings import out_of_range
 from lit_rlhf.functional import policy_gradient_loss, remax_returns, returns_to_go
-from lit_rlhf.rollout import Experience
+from lit_rlhf.rollout import Experience, PromptBatch
 
 
 class ReMax(OnPolicyModule):
@@ -46,7 +46,7 @@ class ReMax(OnPolicyModule):
         own = out_of_range(self, unit=("gamma",), positive=("advantage_clip",))
         return super().problems() + own
 
-    def sample(self, prompts: dict[str, Any]) -> Experience:
+    def sample(self, prompts: PromptBatch) -> Experience:
         """Sample, and decode each prompt greedily too."""
         return self.generate(prompts, self.samples_per_prompt, greedy=True)
 

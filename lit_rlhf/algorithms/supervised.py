@@ -28,7 +28,7 @@ class SupervisedModule(BackboneModule):
     """
 
     heads: ClassVar[dict[str, HeadName]] = {}
-    data: ClassVar[type[TextData] | None] = None
+    data: ClassVar[type[TextData[Any]] | None] = None
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -15,6 +15,7 @@ from lit_rlhf.backbone.loading import (
     without_weights,
 )
 from lit_rlhf.backbone.quantization import Quantization
+from lit_rlhf.backbone.reuse import PassOptions
 from lit_rlhf.backbone.roles import LAYOUTS, Layout, Role, Trunk, find_layout, supervised_layout
 from lit_rlhf.backbone.spec import (
     BackboneSpec,
@@ -39,6 +40,7 @@ __all__ = [
     "Layout",
     "LoraArgs",
     "LoraSet",
+    "PassOptions",
     "Quantization",
     "Role",
     "RoleModel",

@@ -1,7 +1,7 @@
 """The backbone: trunks, LoRA sets and heads behind role names."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lit_rlhf.backbone.adapter_tensors import Adapter, adapter_of, attach_adapters
 from lit_rlhf.backbone.adapters import AdapterSwitch, LoraArgs
 from lit_rlhf.backbone.language_head import LogitTransform, masked_log_probs, read_logit_transform
-from lit_rlhf.backbone.reuse import RecordedPass
+from lit_rlhf.backbone.reuse import PassOptions, RecordedPass
 from lit_rlhf.backbone.roles import START_ADAPTER, HeadName, Layout, Role
 from lit_rlhf.errors import ConfigError
 from lit_rlhf.functional import gather_last, position_ids, scale_gradient
@@ -36,6 +36,8 @@ class Backbone(nn.Module):
         temperature: Divides the logits; the sampling temperature, so that log-probs are the sampled policy's.
         start: Trunk name to a frozen LoRA set that belongs to the trunk: "LoRA off" reads it too.
     """
+
+    __call__: Callable[..., dict[str, Tensor]]
 
     def __init__(
         self,
@@ -206,7 +208,7 @@ class Backbone(nn.Module):
             token t), or scores ``[B]`` (``reward``: at the last response token). All float32.
         """
         if self._recorded and torch.is_grad_enabled() and lm_mask is None:
-            options = {"entropy": entropy, "value_gradient": value_gradient}
+            options: PassOptions = {"entropy": entropy, "value_gradient": value_gradient}
             if (recorded := self._recorded.take(roles, tokens, options)) is not None:
                 return recorded
         results: dict[str, Tensor] = {}
@@ -243,7 +245,7 @@ class Backbone(nn.Module):
             return {}
         with torch.enable_grad():
             outputs = self(roles, tokens, attention_mask, mask, entropy=entropy, value_gradient=value_gradient)
-        options = {"entropy": entropy, "value_gradient": value_gradient}
+        options: PassOptions = {"entropy": entropy, "value_gradient": value_gradient}
         self._recorded.keep(roles, tokens, options, outputs)
         return {name: output.detach() for name, output in outputs.items()}
 
@@ -301,7 +303,8 @@ class Backbone(nn.Module):
     def _scalar(self, head: HeadName, hidden: Tensor) -> Tensor:
         # Values and scores are float32 under autocast too.
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.heads[head](hidden.float()).squeeze(-1)
+            result: Tensor = self.heads[head](hidden.float()).squeeze(-1)
+            return result
 
     def _hidden(self, trunk: str, adapter: str | None, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         attention_mask = attention_mask.long()
@@ -309,7 +312,8 @@ class Backbone(nn.Module):
         if self._takes_positions[trunk]:
             inputs["position_ids"] = position_ids(attention_mask)
         with self._switches[trunk].use(adapter), self._checkpointed(trunk):
-            return self.language_model(trunk).base_model(**inputs).last_hidden_state
+            hidden: Tensor = self.language_model(trunk).base_model(**inputs).last_hidden_state
+            return hidden
 
     @contextmanager
     def _checkpointed(self, trunk: str) -> Iterator[None]:

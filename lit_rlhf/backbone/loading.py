@@ -120,9 +120,12 @@ def load_language_model(
     """
     source = resolve_source(name)
     torch_dtype = getattr(torch, dtype)
+    model: PreTrainedModel
     if _WITHOUT_WEIGHTS.get():
         config = AutoConfig.from_pretrained(source.path, **source._gguf)
-        return AutoModelForCausalLM.from_config(config, dtype=torch_dtype).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
+        model.eval()
+        return model
     if quantization is not None and (source.random or source.gguf_file):
         return quantize(load_language_model(name, dtype), quantization)
     if source.random:
@@ -132,7 +135,8 @@ def load_language_model(
             torch.default_generator.manual_seed(0)
             with _named(f"model {name!r} could not be built from its config"):
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(torch_dtype)
-        return model.eval()
+        model.eval()
+        return model
     _need_gguf(name, source)
     with _named(f"model {name!r} could not be loaded"):
         if quantization is not None:
@@ -151,7 +155,8 @@ def load_language_model(
         # The weights are plain now; a saved copy must not claim to be quantized.
         model.config.__dict__.pop("quantization_config", None)
         model.__dict__.pop("hf_quantizer", None)
-    return model.eval()
+    model.eval()
+    return model
 
 
 @contextmanager
@@ -200,7 +205,8 @@ def read_config(name: str) -> PretrainedConfig:
     source = resolve_source(name)
     _need_gguf(name, source)
     with _named(f"config of {name!r} could not be read"):
-        return AutoConfig.from_pretrained(source.path, **source._gguf)
+        config: PretrainedConfig = AutoConfig.from_pretrained(source.path, **source._gguf)
+    return config
 
 
 def _need_gguf(name: str, source: ModelSource) -> None:

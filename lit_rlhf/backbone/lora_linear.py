@@ -4,7 +4,7 @@ PEFT's forward keeps the update, the scaled update and their sum, each as large 
 16-bit trunk a float32 copy of the input. One graph node keeps the input and the ``[N, r]`` product alone.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
@@ -71,18 +71,18 @@ class LoraLinear(PeftLinear):
         name = None if args or kwargs else self._single_adapter(x)
         if name is None:
             return super().forward(x, *args, **kwargs)
-        base: Any = self.base_layer
-        a: Any = self.lora_A[name].weight
-        b: Any = self.lora_B[name].weight
+        base = cast(nn.Linear, self.base_layer)
+        a, b = (cast(Tensor, matrices[name].weight) for matrices in (self.lora_A, self.lora_B))
         tensors = (base.weight, base.bias, a, b)
         if torch.is_grad_enabled():
-            return _LoraLinear.apply(x, *tensors, self.scaling[name])
+            fused: Tensor = _LoraLinear.apply(x, *tensors, self.scaling[name])
+            return fused
         result, _ = _forward(x.reshape(-1, x.shape[-1]), *tensors, self.scaling[name])
         return result.view(*x.shape[:-1], base.out_features)
 
     def _single_adapter(self, x: Tensor) -> str | None:
         """Return the one adapter to use, or None where this is not the common case."""
-        base: Any = self.base_layer
+        base = cast(nn.Linear, self.base_layer)
         active = self._active_adapter
         names = [active] if isinstance(active, str) else [name for name in active if name in self.lora_A]
         if self._disable_adapters or self.merged_adapters or len(names) != 1 or names[0] not in self.lora_A:

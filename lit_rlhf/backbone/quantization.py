@@ -77,10 +77,11 @@ def load_quantized(path: str, dtype: torch.dtype, quantization: Quantization) ->
     else:
         config = BitsAndBytesConfig(load_in_8bit=True)
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_ONCE)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=config)
     if not model.get_output_embeddings().weight.is_floating_point():
         raise ConfigError(f"{type(model).__name__}: its output embedding was quantized; log-probs need it plain")
-    return model.eval()
+    model.eval()
+    return model
 
 
 def quantize(model: PreTrainedModel, quantization: Quantization) -> PreTrainedModel:

@@ -10,9 +10,10 @@ from importlib import import_module
 from typing import Literal, get_args
 
 from lit_rlhf.errors import ConfigError
+from lit_rlhf.renamed import renamed
 
 HeadName = Literal["lm", "reward", "value"]
-ArtefactName = Literal["policy", "reward"]
+ArtifactName = Literal["policy", "reward"]
 
 # Algorithms read these roles through these heads; other role names are free.
 HEAD_OF_ROLE: dict[str, HeadName] = {"actor": "lm", "reference": "lm", "critic": "value", "reward": "reward"}
@@ -35,17 +36,18 @@ class Role:
     head: HeadName
 
 
+@renamed(artefact="artifact")
 @dataclass(frozen=True)
 class Trunk:
     """Where a trunk's weights start, and whether they are trained.
 
     Args:
-        artefact: ``policy`` starts from the policy checkpoint, ``reward`` from the reward checkpoint
+        artifact: ``policy`` starts from the policy checkpoint, ``reward`` from the reward checkpoint
             (or from the policy checkpoint where no reward checkpoint is given).
         trained: True for full fine-tuning; adapters need a frozen trunk.
     """
 
-    artefact: ArtefactName = "policy"
+    artifact: ArtifactName = "policy"
     trained: bool = False
 
 
@@ -145,8 +147,8 @@ def _shape_problems(layout: Layout) -> list[str]:
         elif role.head != HEAD_OF_ROLE.get(name, role.head):
             found.append(f"role {name!r} must read head {HEAD_OF_ROLE[name]!r}, not {role.head!r}")
     for name, trunk in trunks.items():
-        if trunk.artefact not in get_args(ArtefactName):
-            found.append(f"trunk {name!r} starts from {trunk.artefact!r}; artefacts are policy, reward")
+        if trunk.artifact not in get_args(ArtifactName):
+            found.append(f"trunk {name!r} starts from {trunk.artifact!r}; artifacts are policy, reward")
     if unknown := sorted(layout.trained_heads - {"reward", "value"}):
         found.append(f"trained_heads lists {unknown}; only the scalar heads reward and value can be listed")
     if unread := sorted(layout.loaded_adapters - sets):
@@ -166,7 +168,7 @@ def _meaning_problems(layout: Layout) -> list[str]:
             found.append("role 'reference' reads weights that are trained: the KL penalty would chase its own policy")
         if moves and name == "reward" and "reward" not in layout.trained_heads:
             found.append("role 'reward' reads a fixed head on weights that are trained: its scores would drift")
-        if role.adapter in layout.loaded_adapters and layout.trunks[role.trunk].artefact != "policy":
+        if role.adapter in layout.loaded_adapters and layout.trunks[role.trunk].artifact != "policy":
             found.append(
                 f"role {name!r} reads the reward model's adapter {role.adapter!r} on trunk {role.trunk!r}, which "
                 "starts from the reward model and holds it already; that trunk must start from policy"

@@ -8,7 +8,7 @@ from typing import Any
 from lit_rlhf.backbone.adapters import LoraArgs
 from lit_rlhf.backbone.loading import DType
 from lit_rlhf.backbone.quantization import Quantization
-from lit_rlhf.backbone.roles import LAYOUTS, ArtefactName, Layout, Role, Trunk
+from lit_rlhf.backbone.roles import LAYOUTS, ArtifactName, Layout, Role, Trunk
 from lit_rlhf.checkpoints.records import FORMAT, shorten
 
 
@@ -38,9 +38,9 @@ class BackboneSpec:
     fingerprints: dict[str, str] = field(default_factory=dict)
     quantization: Quantization | None = None
 
-    def checkpoint_of(self, artefact: ArtefactName) -> str | None:
-        """Return the checkpoint that trunks of this artefact start from; None is the base model."""
-        if artefact == "reward" and self.reward_checkpoint is not None:
+    def checkpoint_of(self, artifact: ArtifactName) -> str | None:
+        """Return the checkpoint that trunks of this artifact start from; None is the base model."""
+        if artifact == "reward" and self.reward_checkpoint is not None:
             return self.reward_checkpoint
         return self.policy_checkpoint
 
@@ -83,7 +83,7 @@ def complete_spec(plain: Mapping[str, Any]) -> dict[str, Any]:
 def _plain_layout(layout: Layout) -> dict[str, Any]:
     return {
         "roles": {name: [r.trunk, r.adapter, r.head] for name, r in layout.roles.items()},
-        "trunks": {name: [t.artefact, t.trained] for name, t in layout.trunks.items()},
+        "trunks": {name: [t.artifact, t.trained] for name, t in layout.trunks.items()},
         "trained_heads": sorted(layout.trained_heads),
         "loaded_adapters": sorted(layout.loaded_adapters),
     }

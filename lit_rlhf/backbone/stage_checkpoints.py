@@ -15,7 +15,7 @@ from torch import Tensor
 from lit_rlhf.backbone.adapter_tensors import Adapter, RoleModel
 from lit_rlhf.backbone.loading import DType, load_language_model
 from lit_rlhf.backbone.quantization import Quantization, quantize
-from lit_rlhf.backbone.roles import ArtefactName, HeadName, Layout, Role
+from lit_rlhf.backbone.roles import ArtifactName, HeadName, Layout, Role
 from lit_rlhf.backbone.spec import BackboneSpec, read_layout, read_spec
 from lit_rlhf.checkpoints.records import RECORD_KEY, read_checkpoint
 from lit_rlhf.errors import ConfigError
@@ -112,13 +112,13 @@ class StageReader:
             )
         return StageCheckpoint(Path(path), self._read[place], self)
 
-    def parent(self, spec: BackboneSpec, artefact: ArtefactName) -> "StageCheckpoint | None":
-        """Return the checkpoint that this artefact of a stage comes from; None is the base model.
+    def parent(self, spec: BackboneSpec, artifact: ArtifactName) -> "StageCheckpoint | None":
+        """Return the checkpoint that this artifact of a stage comes from; None is the base model.
 
         Raises:
             ValueError: The file was replaced by another since the stage started from it.
         """
-        path = spec.checkpoint_of(artefact)
+        path = spec.checkpoint_of(artifact)
         if path is None:
             return None
         stage = self.read(path)
@@ -130,17 +130,17 @@ class StageReader:
             )
         return stage
 
-    def weights(self, spec: BackboneSpec, artefact: ArtefactName) -> TrunkWeights:
-        """Return the weights that trunks of this artefact start from.
+    def weights(self, spec: BackboneSpec, artifact: ArtifactName) -> TrunkWeights:
+        """Return the weights that trunks of this artifact start from.
 
         Raises:
             ValueError: A checkpoint of the chain was replaced, or was trained from another model than ``spec.model``.
         """
-        stage = self.parent(spec, artefact)
+        stage = self.parent(spec, artifact)
         if stage is None:
             return TrunkWeights(spec.model)
         stage.check_base(spec)
-        return stage.weights("reward" if artefact == "reward" and "reward" in stage.layout.roles else "actor")
+        return stage.weights("reward" if artifact == "reward" and "reward" in stage.layout.roles else "actor")
 
 
 @dataclass
@@ -225,7 +225,7 @@ class StageCheckpoint:
         """
         where = self._role(role)
         trunk = self.layout.trunks[where.trunk]
-        start = self.reader.weights(self.spec, trunk.artefact)
+        start = self.reader.weights(self.spec, trunk.artifact)
         trained: Adapter | dict[str, Tensor] | None
         if trunk.trained:
             part, trained = where.trunk, self._tensors(f"backbone.trunks.{where.trunk}.")

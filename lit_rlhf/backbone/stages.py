@@ -43,7 +43,7 @@ def read_stages(spec: BackboneSpec, layout: Layout) -> Stages:
 
     Raises:
         CheckpointError: A checkpoint is missing or damaged.
-        ValueError: A role needs an artefact that the checkpoints do not hold, ``lora.ranks`` names an adapter that is
+        ValueError: A role needs an artifact that the checkpoints do not hold, ``lora.ranks`` names an adapter that is
             not trained, the layout cannot be quantized, or a checkpoint of the chain was replaced.
         ImportError: Quantization needs bitsandbytes.
     """
@@ -62,7 +62,7 @@ def read_stages(spec: BackboneSpec, layout: Layout) -> Stages:
     if "reward" in layout.roles and "reward" not in layout.trained_heads:
         _check_reward_head(spec, layout, parents[path] if path and head is not None else None)
     adapter = _reward_adapter(spec, parents) if layout.loaded_adapters else None
-    trunks = {name: reader.weights(spec, trunk.artefact) for name, trunk in layout.trunks.items()}
+    trunks = {name: reader.weights(spec, trunk.artifact) for name, trunk in layout.trunks.items()}
     return Stages(spec, layout, parents, trunks, adapter, head)
 
 
@@ -92,7 +92,7 @@ def _check_reward_head(spec: BackboneSpec, layout: Layout, stage: StageCheckpoin
         stage: The checkpoint that the reward head comes from, None where there is none.
     """
     where = layout.roles["reward"]
-    on_policy_trunk = where.adapter is None and layout.trunks[where.trunk].artefact == "policy"
+    on_policy_trunk = where.adapter is None and layout.trunks[where.trunk].artifact == "policy"
     if stage is None:
         raise ConfigError(
             "the reward role needs a trained reward head: give policy_checkpoint a Hydra-SFT checkpoint"

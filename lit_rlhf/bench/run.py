@@ -26,8 +26,9 @@ from lit_rlhf.bench.probe import WorkCounter, decode_bytes, probe, roofline
 from lit_rlhf.bench.process import MARK
 from lit_rlhf.errors import ConfigError, LitRLHFError, message_suffices
 from lit_rlhf.metrics.memory import CudaMeter, HostMeter, Meter, bytes_by_kind, merge_peaks
-from lit_rlhf.rollout import RolloutBuffer, Sampling
+from lit_rlhf.rollout import PromptBatch, RolloutBuffer, Sampling
 from lit_rlhf.rollout.phases import PhaseListener
+from lit_rlhf.rollout.policy import has_backbone
 from lit_rlhf.warning_filters import silence_warnings
 
 PHASES = ("generation", "scoring", "training")
@@ -43,7 +44,7 @@ def adamw(parameters: ParamsT) -> torch.optim.Optimizer:
 def stage_of(layout: str) -> str:
     """Return the file of the stage that a layout's reward role reads: a reward model, or a Hydra-SFT."""
     table = find_layout(layout)
-    own_reward = table.loaded_adapters or any(trunk.artefact == "reward" for trunk in table.trunks.values())
+    own_reward = table.loaded_adapters or any(trunk.artifact == "reward" for trunk in table.trunks.values())
     return REWARD if own_reward else HYDRA
 
 
@@ -86,7 +87,7 @@ class RandomPrompts(L.LightningDataModule):
         """Number of prompts."""
         return len(self.tokens)
 
-    def prompt_batch(self, indices: list[int]) -> dict[str, Any]:
+    def prompt_batch(self, indices: list[int]) -> PromptBatch:
         """Return the prompts at these indices, see :class:`lit_rlhf.PromptData`."""
         tokens = self.tokens[indices]
         mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -185,7 +186,7 @@ class Recorder(PhaseListener):
             self.seconds.append({})
         else:
             self._boundary("peak")
-            self.work.start(pl_module.backbone)  # type: ignore[arg-type]
+            self.work.start(has_backbone(pl_module).backbone)
         self._starts.append((time.perf_counter(), time.process_time()))
 
     def on_phase_start(self, trainer: L.Trainer, pl_module: L.LightningModule, phase: str) -> None:

@@ -62,7 +62,7 @@ class SaveAtEpochEnd(Checkpoint):
         self._held: list[tuple[ModelCheckpoint, float | None]] = []
         self._due: list[ModelCheckpoint] = []
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Hold back the checkpoints of the last batch: all hooks of its start come before those of its end."""
         if not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
             return
@@ -71,7 +71,7 @@ class SaveAtEpochEnd(Checkpoint):
             self._held.append((callback, callback._last_time_checked))
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Let go of them, and note which would have saved; this hook comes behind theirs."""
         for callback, checked in self._held:

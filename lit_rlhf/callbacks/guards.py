@@ -19,6 +19,7 @@ from lit_rlhf.rollout.non_finite import (
     say_parameters,
     say_samples,
 )
+from lit_rlhf.rollout.policy import has_backbone
 from lit_rlhf.strategies.ranks import any_rank, join_texts, local_shard
 
 OnNonFinite = Literal["raise", "skip_step"]
@@ -49,7 +50,7 @@ class NumericalGuard(Callback):
     def __init__(self, on_non_finite: OnNonFinite = "raise") -> None:
         super().__init__()
         self.on_non_finite = on_non_finite
-        self._window: list[tuple[int, Any]] = []
+        self._window: list[tuple[int, object]] = []
         self._losses: list[Tensor] = []
         self._skipped = 0
         self._skipped_in_a_row = 0
@@ -60,7 +61,7 @@ class NumericalGuard(Callback):
         self._window, self._losses = [], []
         self._skipped = 0
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Keep the minibatch, to name its samples."""
         self._window.append((batch_idx, batch))
 
@@ -140,13 +141,15 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _named_weights(module: Any, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+def _named_weights(module: LightningModule, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
     """Return the trained tensors by name, as the optimizers hold them: ``requires_grad`` flips with the LoRA set."""
     trained = {id(parameter) for optimizer in optimizers for parameter in _parameters(optimizer)}
     return {name: local_shard(p.detach()) for name, p in module.named_parameters() if id(p) in trained}
 
 
-def _explain(module: Any, optimizer: Optimizer, window: list[tuple[int, Any]], losses: list[Tensor]) -> str:
+def _explain(
+    module: LightningModule, optimizer: Optimizer, window: list[tuple[int, object]], losses: list[Tensor]
+) -> str:
     """Return what is not finite: losses, gradients by name, weights by name, and the samples that show it."""
     parts = []
     bad_losses = [index for index, loss in enumerate(losses) if not loss.isfinite()]
@@ -164,12 +167,12 @@ def _explain(module: Any, optimizer: Optimizer, window: list[tuple[int, Any]], l
     return "\n".join([", ".join(parts), *(line for line in lines if line)])
 
 
-def _fields(batch: Any) -> Mapping[str, Any]:
+def _fields(batch: object) -> Mapping[str, Any]:
     """Return a batch's fields by name, whether it is a mapping or a record."""
     return batch if isinstance(batch, Mapping) else getattr(batch, "__dict__", {})
 
 
-def _say_batch(module: Any, batch: Any) -> str:
+def _say_batch(module: LightningModule, batch: object) -> str:
     """Return the samples of a minibatch whose numbers are not finite, or its first ones where none is to blame."""
     fields = _fields(batch)
     if not all(isinstance(fields.get(name), Tensor) for name in ("tokens", "attention_mask", "mask")):
@@ -177,25 +180,26 @@ def _say_batch(module: Any, batch: Any) -> str:
     try:
         rows = bad_columns(fields)
         # Other ranks may have nothing to explain.
-        if not module.backbone.in_step:
+        if not has_backbone(module).backbone.in_step:
             rows |= _bad_outputs(module, batch)
         return say_samples(rows, _texts(module, batch))
     except Exception as error:  # the first error matters more than this one
         return f"  (its samples could not be read: {type(error).__name__}: {error})"
 
 
-def _bad_outputs(module: Any, batch: Any) -> dict[str, Tensor]:
+def _bad_outputs(module: LightningModule, batch: object) -> dict[str, Tensor]:
     """Run the minibatch once more, and return the samples for which a role gives a number that is not finite."""
     fields = _fields(batch)
     skipped = () if isinstance(batch, Mapping) else ("reference", "reward")
-    roles = tuple(role for role in module.backbone.layout.roles if role not in skipped)
+    backbone = has_backbone(module).backbone
+    roles = tuple(role for role in backbone.layout.roles if role not in skipped)
     tokens, attention_mask, mask = (fields[name] for name in ("tokens", "attention_mask", "mask"))
     with torch.no_grad(), module.trainer.precision_plugin.forward_context():
-        read = module.backbone(roles, tokens, attention_mask, mask)
+        read = backbone(roles, tokens, attention_mask, mask)
     return only_bad({OUTPUTS.get(role, role): bad_rows(value, mask) for role, value in read.items()})
 
 
-def _texts(module: Any, batch: Any) -> list[tuple[str, str]]:
+def _texts(module: LightningModule, batch: object) -> list[tuple[str, str]]:
     """Return prompt and response of each sample of a minibatch."""
     fields = _fields(batch)
     tokens, attention_mask, mask = (fields[name] for name in ("tokens", "attention_mask", "mask"))
@@ -203,7 +207,7 @@ def _texts(module: Any, batch: Any) -> list[tuple[str, str]]:
     prompts = [row[keep] for row, keep in zip(tokens[:, :width], attention_mask[:, :width].bool(), strict=True)]
     responses = [row[keep] for row, keep in zip(tokens[:, width:], mask, strict=True)]
     decoded = [
-        module.tokenizer.batch_decode([row.tolist() for row in rows], skip_special_tokens=True)
+        has_backbone(module).tokenizer.batch_decode([row.tolist() for row in rows], skip_special_tokens=True)
         for rows in (prompts, responses)
     ]
     return list(zip(*decoded, strict=True))

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_rlhf.rollout.phases import PhaseListener, phase
+from lit_rlhf.rollout.policy import as_policy
 
 
 class TrainingPhase(Callback):
@@ -62,7 +63,7 @@ class PhaseTimer(PhaseListener):
         for name, seconds in self._seconds.items():
             pl_module.log(f"time/{name}", seconds)
         total = sum(seconds for name, seconds in self._seconds.items() if name != "evaluation")
-        samples = pl_module.rollout_buffer.rollout_size * trainer.world_size  # type: ignore[union-attr, operator]
+        samples = as_policy(pl_module).rollout_buffer.rollout_size * trainer.world_size
         if total > 0:
             pl_module.log("time/samples_per_second", samples / total)
         self._seconds.clear()

@@ -20,7 +20,7 @@ class PredictionWriter(Callback):
         self._file = self._partial.open("w", encoding="utf-8")
 
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: object, batch_idx: int, *_: object
     ) -> None:
         """Write one line a row."""
         self._file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in outputs)

@@ -2,10 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+
+from lit_rlhf.rollout.policy import as_policy
 
 
 class SampleTable(Callback):
@@ -22,10 +25,10 @@ class SampleTable(Callback):
     @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the samples of the finished iteration."""
-        samples = pl_module.rollout_buffer.samples[: self.count]  # type: ignore[union-attr, index]
+        samples = as_policy(pl_module).rollout_buffer.samples[: self.count]
         if not samples:
             return
-        rows = [{"iteration": trainer.current_epoch, **sample} for sample in samples]
+        rows: list[dict[str, Any]] = [{"iteration": trainer.current_epoch, **sample} for sample in samples]
         columns = list(rows[0])
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):

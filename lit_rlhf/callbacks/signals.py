@@ -3,6 +3,7 @@
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -37,7 +38,7 @@ class StopOnSigterm(PhaseListener, Checkpoint):
     def __init__(self) -> None:
         super().__init__()
         self._received = False
-        self._before: Any = None
+        self._before: Callable[[int, FrameType | None], object] | int | None = None
         self._report: str | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -102,7 +103,7 @@ class StopAfterStep(StopOnSigterm):
         self._ended: tuple[str | None, str] | None = None
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Save and stop, but not inside an accumulated step."""
         loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
@@ -166,7 +167,7 @@ class StopInIteration(StopOnSigterm):
         if trainer.training and phase != "evaluation":
             self._stop_if_told(trainer, pl_module)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Stop before a minibatch."""
         self._stop_if_told(trainer, pl_module)
 
@@ -191,7 +192,8 @@ def _path(trainer: Trainer) -> str | None:
 
 def _on_host(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return a copy that training does not change, in host memory."""
-    return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), checkpoint)
+    copied: dict[str, Any] = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), checkpoint)
+    return copied
 
 
 @rank_zero_only

@@ -1,7 +1,7 @@
 """Optimizer steps that are left out: the critic's warm-up, and the rest of an iteration past a KL target."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -53,7 +53,7 @@ class KLTarget(Callback):
         _policy(pl_module).skip_minibatches = False
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Compare the minibatch's KL with the target; all ranks decide alike."""
         policy = _policy(pl_module)
@@ -67,8 +67,8 @@ class KLTarget(Callback):
             _drop_gradients(optimizer)
 
 
-def _policy(module: Any) -> SkipsMinibatches:
-    return module
+def _policy(module: LightningModule) -> SkipsMinibatches:
+    return cast(SkipsMinibatches, module)
 
 
 def _drop_gradients(optimizer: Optimizer, groups: slice = slice(None)) -> None:

@@ -5,6 +5,7 @@ A folder is written as ``.NAME.partial`` beside its place and renamed in the end
 """
 
 import errno
+import io
 import os
 import pickle
 import shutil
@@ -20,12 +21,15 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 from torch.optim import Optimizer
 
 from lit_rlhf.checkpoints.files import (
@@ -263,7 +267,7 @@ def _first_failure(error: CheckpointException) -> Exception:
 class _Writer(dcp.FileSystemWriter):
     """Writes each file to the disk, and lets through the disk's own error, which does not outlive its way to rank 0."""
 
-    def write_data(self, plan: Any, planner: Any) -> Any:
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
@@ -286,7 +290,7 @@ class _Planner(DefaultLoadPlanner):
         super().__init__()
         self.path = path
 
-    def load_bytes(self, read_item: Any, value: Any) -> None:
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         try:
             plain = torch.load(value, weights_only=True)
         except Exception as error:

@@ -5,9 +5,12 @@ import os
 import shlex
 import sys
 import traceback
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import lightning as L
+import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -22,6 +25,7 @@ from lit_rlhf.callbacks import IterationProgress, PredictionWriter
 from lit_rlhf.commands.messages import check_files, parser_message
 from lit_rlhf.commands.own_modules import config_files, find_own_modules, load_plugins
 from lit_rlhf.errors import ConfigError, LitRLHFError
+from lit_rlhf.renamed import rename_settings, rename_words
 from lit_rlhf.strategies import refuse_strategy
 from lit_rlhf.warning_filters import silence_warnings
 
@@ -38,6 +42,7 @@ REFUSING_MODULES = tuple(
         "trainer.connectors.checkpoint_connector",  # ckpt_path: best
     )
 )
+LOAD_YAML = get_loader("yaml")
 TRAINER_DEFAULTS: dict[str, Any] = {
     "logger": {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
@@ -54,12 +59,16 @@ class ConfigToLoggers(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Send the configuration as plain values."""
         for logger in trainer.loggers:
-            logger.log_hyperparams(_plain(self.config.as_dict()))
+            logger.log_hyperparams(_plain_dict(self.config.as_dict()))
 
 
-def _plain(value: Any) -> Any:
+def _plain_dict(settings: Mapping[str, object]) -> dict[str, object]:
+    return {key: _plain(value) for key, value in settings.items() if key not in ("config", "ckpt_path")}
+
+
+def _plain(value: object) -> object:
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if key not in ("config", "ckpt_path")}
+        return _plain_dict(value)
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)
@@ -194,12 +203,14 @@ def run_cli(args: list[str] | None) -> None:
     words = sys.argv[1:] if args is None else args
     find_own_modules(words)
     load_plugins()
+    current = rename_words(words)
     if words[0] in LightningCLI.subcommands():
         try:
             check_files(words[0], config_files(words))
         except ConfigError as error:
             print(f"lit-rlhf: {error}", file=sys.stderr)
             raise SystemExit(2) from error
+    set_loader("yaml", lambda text: rename_settings(LOAD_YAML(text)), (yaml.YAMLError,))
     silence_warnings()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     CLI(
@@ -214,5 +225,5 @@ def run_cli(args: list[str] | None) -> None:
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": "lit-rlhf", "allow_abbrev": False},
         parser_class=Parser,
-        args=args,
+        args=None if args is None and current == words else current,
     )

@@ -73,7 +73,8 @@ def load_config(model: str) -> PretrainedConfig:
     """
     if model in SHAPES:
         kind, settings = SHAPES[model]
-        return kind(**settings)
+        config: PretrainedConfig = kind(**settings)
+        return config
     try:
         return read_config(model)
     except ModelNotFoundError:
@@ -109,4 +110,4 @@ def kv_cache_bytes(config: PretrainedConfig, batch: int, tokens: int, dtype: DTy
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None)
     heads = heads or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return depth(config) * 2 * heads * size * tokens * batch * getattr(torch, dtype).itemsize
+    return int(depth(config) * 2 * heads * size * tokens * batch * getattr(torch, dtype).itemsize)

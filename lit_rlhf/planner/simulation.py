@@ -249,7 +249,8 @@ def _step(model: PreTrainedModel, batch: int, tokens: int, cache: Cache | None) 
         inputs["position_ids"] = position_ids(attention_mask)[:, -tokens:]
     if "logits_to_keep" in wanted:
         inputs["logits_to_keep"] = 1
-    return model(attention_mask=attention_mask, use_cache=True, **inputs)
+    output: CausalLMOutputWithPast = model(attention_mask=attention_mask, use_cache=True, **inputs)
+    return output
 
 
 def _sample(output: CausalLMOutputWithPast) -> None:

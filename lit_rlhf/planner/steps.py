@@ -1,7 +1,6 @@
 """The loss of one minibatch, by the algorithm's own module: what it does first and what it frees is what is counted."""
 
 import inspect
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +59,6 @@ def minibatch_loss(module: OnPolicyModule | SFT, tokens: Tensor, attention_mask:
     if not isinstance(module, OnPolicyModule):
         return module.losses({"tokens": tokens, "attention_mask": attention_mask, "mask": mask})[0]
     names = ("log_probs", "ref_log_probs", "values", "advantages", "returns")
-    zeros: dict[str, Any] = {name: torch.zeros(mask.shape) for name in names}
+    zeros = {name: torch.zeros(mask.shape) for name in names}
     truncated = torch.zeros(len(mask), dtype=torch.bool)
     return module.loss(Experience(tokens, attention_mask, mask, truncated, count=torch.ones(()), **zeros))

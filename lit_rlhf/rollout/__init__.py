@@ -3,7 +3,7 @@
 from lit_rlhf.rollout.buffer import RolloutBuffer
 from lit_rlhf.rollout.collector import Collector
 from lit_rlhf.rollout.engines import Engine, TransformersEngine
-from lit_rlhf.rollout.experience import Experience, UnsetFieldError
+from lit_rlhf.rollout.experience import Experience, PromptBatch, Sample, UnsetFieldError
 from lit_rlhf.rollout.generation import Request, generate
 from lit_rlhf.rollout.kl_control import AdaptiveKL, FixedKL, KLController
 from lit_rlhf.rollout.length_groups import LengthGroup, length_groups, read_groups
@@ -23,12 +23,14 @@ __all__ = [
     "KLController",
     "LengthGroup",
     "PhaseListener",
+    "PromptBatch",
     "Request",
     "Reward",
     "RewardScaler",
     "RewardScaling",
     "RoleReward",
     "RolloutBuffer",
+    "Sample",
     "Sampling",
     "Scored",
     "TransformersEngine",

@@ -3,7 +3,7 @@
 import os
 import random
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -16,8 +16,9 @@ from torch.utils.data import DistributedSampler
 
 from lit_rlhf.checkpoints import model_checkpoints
 from lit_rlhf.errors import ConfigError
-from lit_rlhf.rollout.experience import Experience
+from lit_rlhf.rollout.experience import Experience, PromptBatch, Sample
 from lit_rlhf.rollout.length_groups import LengthGroup, length_groups
+from lit_rlhf.rollout.policy import as_policy
 from lit_rlhf.strategies.ranks import trainer_of
 
 
@@ -38,14 +39,14 @@ class PromptSource(Protocol):
 
     num_prompts: int
 
-    def prompt_batch(self, indices: list[int]) -> dict[str, Any]:
+    def prompt_batch(self, indices: list[int]) -> PromptBatch:
         """Return the prompts of these rows: ``tokens``, ``attention_mask``, ``prompts``, ``columns``."""
 
 
 def prompt_data(trainer: Trainer) -> PromptSource | None:
     """Return the trainer's data module if it holds prompts."""
-    data: Any = getattr(trainer, "datamodule", None)
-    return data if hasattr(data, "prompt_batch") else None
+    data = getattr(trainer, "datamodule", None)
+    return cast(PromptSource, data) if hasattr(data, "prompt_batch") else None
 
 
 def _saves_inside_an_iteration(callback: ModelCheckpoint) -> str | None:
@@ -96,8 +97,8 @@ class RolloutBuffer(Callback):
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
         self.group_by_length = group_by_length
         self.experience: Experience | None = None
-        self.samples: list[dict[str, Any]] = []
-        self._sampler: DistributedSampler[Any] | None = None
+        self.samples: list[Sample] = []
+        self._sampler: DistributedSampler[int] | None = None
         self._order_seed = 0
         self._counts = torch.ones(0)
         self._prompts_in_data = 0
@@ -237,7 +238,7 @@ class RolloutBuffer(Callback):
         prompts = trainer.strategy.batch_to_device(data.prompt_batch(self.prompt_indices(trainer.current_epoch)))
         # A callback runs outside the precision plugin; old log-probs must come from the arithmetic of training.
         with trainer.precision_plugin.forward_context():
-            self.experience, self.samples = pl_module.rollout(prompts)  # type: ignore[operator]
+            self.experience, self.samples = as_policy(pl_module).rollout(prompts)
         if len(self.experience) != self.rollout_size:
             raise RuntimeError(
                 f"the rollout holds {len(self.experience)} samples, but the epoch was planned for {self.rollout_size}"
@@ -246,7 +247,7 @@ class RolloutBuffer(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Free the pass that was recorded for this loss, where the loss did not ask for it."""
-        pl_module.backbone.forget()  # type: ignore[operator, union-attr]
+        as_policy(pl_module).backbone.forget()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Free the rollout and the gradients; the next generation needs neither."""
@@ -256,12 +257,12 @@ class RolloutBuffer(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the state of the KL controller and of the reward's scaling, plain numbers only."""
-        policy: Any = pl_module
+        policy = as_policy(pl_module)
         checkpoint["controllers"] = {"kl": policy.kl.state_dict(), "reward_scaler": policy.reward_scaler.state_dict()}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take over their state."""
-        policy: Any = pl_module
+        policy = as_policy(pl_module)
         policy.kl.load_state_dict(checkpoint["controllers"]["kl"])
         policy.reward_scaler.load_state_dict(checkpoint["controllers"]["reward_scaler"])
 

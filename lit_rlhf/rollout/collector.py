@@ -1,14 +1,13 @@
 """The collector: prompts in, experience out. Sample, score, check, estimate, measure, in this order."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_rlhf.functional import kl_estimate, masked_sum
 from lit_rlhf.rollout.engines import Engine
-from lit_rlhf.rollout.experience import Experience
+from lit_rlhf.rollout.experience import Experience, PromptBatch, Sample
 from lit_rlhf.rollout.length_groups import join, read_groups
 from lit_rlhf.rollout.non_finite import check_rollout, explain_sampling
 from lit_rlhf.rollout.phases import phase
@@ -16,8 +15,6 @@ from lit_rlhf.rollout.policy import Policy
 from lit_rlhf.rollout.rewards import Reward, Scored
 from lit_rlhf.rollout.sampling import Sampling
 from lit_rlhf.strategies.ranks import fail_together, sum_over_ranks, trainer_of, world_size
-
-Row = dict[str, Any]
 
 
 @dataclass
@@ -63,7 +60,7 @@ class Collector:
         return found
 
     @torch.no_grad()
-    def collect(self, policy: Policy, prompts: dict[str, Any]) -> tuple[Experience, list[Row]]:
+    def collect(self, policy: Policy, prompts: PromptBatch) -> tuple[Experience, list[Sample]]:
         """Collect one iteration's experience, and log its means under ``rollout/``.
 
         Args:
@@ -91,7 +88,7 @@ class Collector:
         texts = zip(scored.prompts, scored.responses, experience.scores.tolist(), strict=True)
         return experience, [{"prompt": p, "response": r, "score": s} for p, r, s in texts]
 
-    def _sample(self, policy: Policy, prompts: dict[str, Any]) -> Experience:
+    def _sample(self, policy: Policy, prompts: PromptBatch) -> Experience:
         try:
             return policy.sample(prompts)
         except RuntimeError as error:
@@ -99,7 +96,7 @@ class Collector:
                 raise
             raise explain_sampling(policy, policy.backbone.named_parameters(prefix="backbone")) from error
 
-    def generate(self, policy: Policy, prompts: dict[str, Any], samples: int = 1, greedy: bool = False) -> Experience:
+    def generate(self, policy: Policy, prompts: PromptBatch, samples: int = 1, greedy: bool = False) -> Experience:
         """Sample responses with the current actor; see :meth:`lit_rlhf.rollout.Engine.generate`."""
         with policy.backbone.use("actor") as model:
             return self.engine.generate(
@@ -125,7 +122,7 @@ class Collector:
         return self.engine.gives_log_probs and self.sampling_agrees and exact
 
     @torch.no_grad()
-    def score(self, policy: Policy, experience: Experience, prompts: dict[str, Any]) -> Scored:
+    def score(self, policy: Policy, experience: Experience, prompts: PromptBatch) -> Scored:
         """Fill log-probs and values (unless they are known), reference log-probs and scores.
 
         One forward pass per (trunk, adapter). Greedy responses get their scores only. Returns what was scored.
@@ -159,16 +156,13 @@ class Collector:
 
     def _read(self, policy: Policy, roles: tuple[str, ...], experience: Experience) -> dict[str, Tensor]:
         def read(part: Experience) -> dict[str, Tensor]:
-            found: dict[str, Tensor] = policy.backbone(roles, *part.inputs)
-            return found
+            return policy.backbone(roles, *part.inputs)
 
         if self.group_size is not None:
             return read_groups(read, experience, self.group_size)
         return join([read(chunk) for chunk in experience.split(self.batch_size)])
 
-    def _rate(
-        self, policy: Policy, experience: Experience, prompts: dict[str, Any], role_scores: Tensor | None
-    ) -> Scored:
+    def _rate(self, policy: Policy, experience: Experience, prompts: PromptBatch, role_scores: Tensor | None) -> Scored:
         copies = len(experience) // len(prompts["prompts"])
         texts = [text for text in prompts["prompts"] for _ in range(copies)]
         columns = {name: [v for v in values for _ in range(copies)] for name, values in prompts["columns"].items()}
@@ -199,7 +193,7 @@ class Collector:
         return {name: total / n for name, total, n in zip(columns, totals, rows, strict=True)}
 
     @torch.no_grad()
-    def evaluate(self, policy: Policy, prompts: dict[str, Any], prefix: str) -> None:
+    def evaluate(self, policy: Policy, prompts: PromptBatch, prefix: str) -> None:
         """Sample one response to each prompt and score it; log their means over all ranks under ``prefix/``."""
         with phase(policy, "evaluation"):
             experience = self.generate(policy, prompts)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lit_rlhf.functional import position_ids
 from lit_rlhf.rollout.sampling import Sampler
@@ -23,7 +23,7 @@ class DynamicDecoder:
     """Reads prompts and then one token of each row at a time; the KV cache grows, and rows can be dropped from it."""
 
     can_shrink = True
-    _cache: Any = None
+    _cache: Cache | None = None
 
     def start(
         self, model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor, copies: int, new_tokens: int
@@ -54,24 +54,25 @@ class DynamicDecoder:
         return logits.repeat_interleave(copies, dim=0)
 
     def _read_prompts(self, tokens: Tensor, mask: Tensor, copies: int, new_tokens: int) -> Tensor | None:
-        output = self._prefill(tokens, mask)
-        self._cache = getattr(output, "past_key_values", None)
-        if type(self._cache) is not DynamicCache or not all(
-            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self._cache.layers
+        logits, cache = self._prefill(tokens, mask)
+        if type(cache) is not DynamicCache or not all(
+            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
         ):
-            self._cache = None
             return None
         if copies > 1:
-            self._cache.batch_repeat_interleave(copies)
-        return output.logits[:, -1]
+            cache.batch_repeat_interleave(copies)
+        self._cache = cache
+        return logits
 
-    def _prefill(self, tokens: Tensor, mask: Tensor, **inputs: Any) -> Any:
+    def _prefill(self, tokens: Tensor, mask: Tensor, **inputs: Any) -> tuple[Tensor, object]:
+        """Return ``[N, V]`` logits of the last column, and the cache."""
         if self._takes_positions:
             inputs["position_ids"] = position_ids(mask)[:, : tokens.shape[1]]
         if "logits_to_keep" in inspect.signature(self._model.forward).parameters:
             # An index, not a count: a slice of one column is not contiguous, and a CPU then reads the head once a row.
             inputs["logits_to_keep"] = torch.tensor([tokens.shape[1] - 1], device=tokens.device)
-        return self._model(input_ids=tokens, attention_mask=mask, use_cache=True, **inputs)
+        output = self._model(input_ids=tokens, attention_mask=mask, use_cache=True, **inputs)
+        return output.logits[:, -1], getattr(output, "past_key_values", None)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Read ``[A]`` tokens, one a row still decoded; return ``[A, V]`` logits of the next ones."""
@@ -83,18 +84,20 @@ class DynamicDecoder:
             past_key_values=self._cache,
             use_cache=True,
             **inputs,
-        ).logits[:, -1]
+        )
         self._positions = self._positions + 1
         return logits
 
-    def _forward(self, **inputs: Any) -> Any:
-        return self._model(**inputs)
+    def _forward(self, **inputs: Any) -> Tensor:
+        logits: Tensor = self._model(**inputs).logits[:, -1]
+        return logits
 
     def _visible(self) -> Tensor:
         return self._mask[:, : self._length]
 
     def keep(self, index: Tensor) -> None:
         """Drop all rows but these, ``[K]`` long."""
+        assert self._cache is not None
         self._cache.batch_select_indices(index)
         self._mask, self._positions = self._mask[index], self._positions[index]
 

@@ -1,10 +1,31 @@
 """The record of one rollout."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+
+class PromptBatch(TypedDict):
+    """A batch of n prompts, left-padded to P."""
+
+    tokens: Tensor
+    """``[n, P]`` long."""
+    attention_mask: Tensor
+    """``[n, P]`` bool, True = token counts."""
+    prompts: list[str]
+    """Their texts."""
+    columns: dict[str, list[Any]]
+    """The data set's other columns, n values each."""
+
+
+class Sample(TypedDict):
+    """One response as text, for tables."""
+
+    prompt: str
+    response: str
+    score: float
 
 
 class UnsetFieldError(AttributeError, ValueError):

@@ -1,29 +1,39 @@
-"""What a rollout needs of the module that is trained."""
+"""What rollouts and callbacks need of the module that is trained."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from lightning.pytorch import LightningModule
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.backbone import Backbone
-from lit_rlhf.rollout.experience import Experience
+from lit_rlhf.backbone import Backbone, PassOptions
+from lit_rlhf.rollout.experience import Experience, PromptBatch, Sample
 from lit_rlhf.rollout.kl_control import KLController
 from lit_rlhf.rollout.rewards import Scored
 from lit_rlhf.rollout.scaling import RewardScaler
 from lit_rlhf.strategies.ranks import InTraining
 
+if TYPE_CHECKING:
+    from lit_rlhf.rollout.buffer import RolloutBuffer
 
-class Policy(InTraining, Protocol):
-    """An on-policy module, as the collector sees it."""
+
+class HasBackbone(InTraining, Protocol):
+    """A module of any stage."""
 
     backbone: Backbone
-    kl: KLController
-    reward_scaler: RewardScaler
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer."""
+
+
+class Policy(HasBackbone, Protocol):
+    """An on-policy module."""
+
+    kl: KLController
+    reward_scaler: RewardScaler
+    rollout_buffer: "RolloutBuffer"
 
     @property
     def pad_id(self) -> int:
@@ -36,10 +46,13 @@ class Policy(InTraining, Protocol):
     def log_all(self, prefix: str, values: Mapping[str, Tensor | float], **kwargs: Any) -> None:
         """Log values under ``prefix/``."""
 
-    def sample(self, prompts: dict[str, Any]) -> Experience:
+    def rollout(self, prompts: PromptBatch) -> tuple[Experience, list[Sample]]:
+        """Collect one iteration's experience, and its samples as text."""
+
+    def sample(self, prompts: PromptBatch) -> Experience:
         """Sample responses to a batch of prompts."""
 
-    def score(self, experience: Experience, prompts: dict[str, Any]) -> Scored:
+    def score(self, experience: Experience, prompts: PromptBatch) -> Scored:
         """Fill log-probs, values and scores."""
 
     def estimate(self, experience: Experience) -> None:
@@ -51,5 +64,15 @@ class Policy(InTraining, Protocol):
     def loss_passes(self) -> Sequence[tuple[str, ...]]:
         """Return the roles of each forward pass of the loss, in order."""
 
-    def pass_options(self) -> dict[str, Any]:
+    def pass_options(self) -> PassOptions:
         """Return the keyword arguments of these passes."""
+
+
+def has_backbone(module: LightningModule) -> HasBackbone:
+    """Return the module as one of a stage of ours."""
+    return cast(HasBackbone, module)
+
+
+def as_policy(module: LightningModule) -> Policy:
+    """Return the module as the on-policy module that it is."""
+    return cast(Policy, module)

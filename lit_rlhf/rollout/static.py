@@ -58,9 +58,9 @@ class StaticDecoder(DynamicDecoder):
         self._cache = self._take_cache(rows, tokens.shape[1] + new_tokens)
         mask = self._full(mask)
         if rows == self._kept_rows == len(tokens):
-            return self._prefill(tokens, mask, past_key_values=self._cache).logits[:, -1]
+            return self._prefill(tokens, mask, past_key_values=self._cache)[0]
         once = StaticCache(config=self._model.config, max_cache_len=self._kept_length)
-        logits = self._prefill(tokens, mask, past_key_values=once).logits[:, -1]
+        logits, _ = self._prefill(tokens, mask, past_key_values=once)
         prompts = torch.arange(rows, device=tokens.device) // copies
         _copy_rows(once, self._cache, _filled_up(prompts, self._kept_rows))
         return logits
@@ -82,15 +82,16 @@ class StaticDecoder(DynamicDecoder):
         """Read ``[A]`` tokens; return ``[A, V]`` logits of the next ones."""
         return super().step(_filled_up(tokens, self._kept_rows))[: self._rows]
 
-    def _forward(self, **inputs: Any) -> Any:
+    def _forward(self, **inputs: Any) -> Tensor:
         if not self.compile:
-            return self._model(**inputs)
+            return super()._forward(**inputs)
         if self._compiled is None:
             graphs = inputs["input_ids"].is_cuda
             self._compiled = torch.compile(self._model.__call__, mode="reduce-overhead" if graphs else "default")
         # The former step's logits have been read: their memory may be written again.
         torch.compiler.cudagraph_mark_step_begin()
-        return self._compiled(**inputs)
+        logits: Tensor = self._compiled(**inputs).logits[:, -1]
+        return logits
 
     def _visible(self) -> Tensor:
         return self._mask

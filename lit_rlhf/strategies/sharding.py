@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.distributed import broadcast, broadcast_object_list
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -21,7 +23,7 @@ from lit_rlhf.errors import StrategyError
 from lit_rlhf.strategies.ranks import trainer_of
 
 
-def data_parallel_mesh(mesh: Any) -> Any:
+def data_parallel_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """Return the one-dimensional mesh of the ranks that share the parameters.
 
     Args:
@@ -44,7 +46,7 @@ def data_parallel_mesh(mesh: Any) -> Any:
 def shard(
     root: nn.Module,
     backbone: Backbone,
-    mesh: Any,
+    mesh: DeviceMesh,
     entry_methods: Sequence[str],
     reshard_after_forward: bool = True,
     from_first_rank: bool = False,
@@ -94,20 +96,22 @@ def shard(
         raise RuntimeError(f"these trained parameters are not sharded, so their gradients stay local: {local[:3]} ...")
 
 
-def shard_module(module: Any, mesh: Any, from_first_rank: bool) -> None:
+def shard_module(
+    module: LightningModule, backbone: Backbone, entry_methods: Sequence[str], mesh: DeviceMesh, from_first_rank: bool
+) -> None:
     """Shard a LightningModule and its backbone as the trainer's strategy says, once.
 
     Args:
-        module: Holds a ``backbone`` and names its ``entry_methods``.
-        mesh, from_first_rank: See :func:`shard`.
+        module: The root.
+        backbone, entry_methods, mesh, from_first_rank: See :func:`shard`.
     """
-    if module.backbone.is_sharded:
+    if backbone.is_sharded:
         return
     trainer = trainer_of(module)
     strategy = None if trainer is None else trainer.strategy
     reshard = getattr(strategy, "reshard_after_forward", True)
     offload = getattr(strategy, "cpu_offload", False)
-    shard(module, module.backbone, mesh, module.entry_methods, reshard, from_first_rank, offload)
+    shard(module, backbone, mesh, entry_methods, reshard, from_first_rank, offload)
 
 
 def class_path(module: nn.Module) -> str:
@@ -116,7 +120,7 @@ def class_path(module: nn.Module) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _agree(backbone: Backbone, mesh: Any) -> dict[int, torch.dtype]:
+def _agree(backbone: Backbone, mesh: DeviceMesh) -> dict[int, torch.dtype]:
     """Compare the model with the first rank's, and take over what that rank alone has read off the loaded files.
 
     Returns:
@@ -140,7 +144,7 @@ def _own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 @torch.no_grad()
-def _receive(unit: nn.Module, pending: dict[int, torch.dtype], mesh: Any) -> None:
+def _receive(unit: nn.Module, pending: dict[int, torch.dtype], mesh: DeviceMesh) -> None:
     """Put the first rank's weights in place of this rank's; those done are taken off ``pending``."""
     first = mesh.get_local_rank() == 0
     device = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")

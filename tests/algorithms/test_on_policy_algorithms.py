@@ -87,7 +87,7 @@ def fit(module: OnPolicyModule, prompts: PromptData, folder: Path, epochs: int =
 
 
 @pytest.fixture
-def artefacts(
+def artifacts(
     hydra_checkpoint: Path, lora_reward_checkpoint: Path, full_reward_checkpoint: Path
 ) -> dict[str, dict[str, str]]:
     """Checkpoints that each layout starts from."""
@@ -103,9 +103,9 @@ def artefacts(
 @pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("keep", [False, True])
 def test_passes_and_tensors_are_those_of_the_layout(
-    keep: bool, kind: type[OnPolicyModule], layout: str, artefacts: dict[str, Any], prompts: PromptData, tmp_path: Path
+    keep: bool, kind: type[OnPolicyModule], layout: str, artifacts: dict[str, Any], prompts: PromptData, tmp_path: Path
 ) -> None:
-    module = make(kind, layout=layout, keep_log_probs=keep, **artefacts[layout])
+    module = make(kind, layout=layout, keep_log_probs=keep, **artifacts[layout])
     record = fit(module, prompts, tmp_path, epochs=1)
     passes, greedy = record.rollout_passes[0], 8 if kind is ReMax else 0
     expected = dict(PASSES if kind in (PPO, Reinforce) else PASSES_WITHOUT_CRITIC)
@@ -380,9 +380,9 @@ def test_grpo_penalises_the_kl_in_its_loss(prompts: PromptData, tmp_path: Path) 
 @pytest.mark.parametrize("kind", [PPO, Reinforce])
 @pytest.mark.parametrize("layout", ["hydra", "full"])
 def test_the_critic_differentiated_first_gives_the_gradients_of_the_sum(
-    layout: str, kind: type[OnPolicyModule], artefacts: dict[str, Any], prompts: PromptData, tmp_path: Path
+    layout: str, kind: type[OnPolicyModule], artifacts: dict[str, Any], prompts: PromptData, tmp_path: Path
 ) -> None:
-    module = make(kind, layout=layout, **artefacts[layout])
+    module = make(kind, layout=layout, **artifacts[layout])
     b = fit(module, prompts, tmp_path, epochs=1).experiences[0]
     silence(module)
     trained = {n: p for n, p in module.backbone.named_parameters() if p.requires_grad}
@@ -470,10 +470,10 @@ def test_balanced_losses_do_not_depend_on_the_scale_of_the_reward(prompts: Promp
     ],
 )
 def test_frozen_roles_stay_bit_exact_through_50_updates(
-    layout: str, dtype: str, artefacts: dict[str, Any], prompts: PromptData, tmp_path: Path
+    layout: str, dtype: str, artifacts: dict[str, Any], prompts: PromptData, tmp_path: Path
 ) -> None:
     settings = {"layout": layout, "dtype": dtype, "minibatch_size": 4, "sampling": Sampling(max_new_tokens=6)}
-    module = make(PPO, **settings, **artefacts[layout])
+    module = make(PPO, **settings, **artifacts[layout])
     module.configure_model()
     tokens = torch.randint(3, 900, (3, 10), generator=torch.Generator().manual_seed(0))
     batch = (tokens, torch.ones_like(tokens).bool(), torch.ones(3, 4, dtype=torch.bool))
@@ -537,13 +537,13 @@ def test_it_learns_over_five_seeds(kind: type[OnPolicyModule], varied_checkpoint
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("kind", "keep"), [(PPO, True), (PPO, False), (RLOO, False)])
 def test_a_rollout_of_one_minibatch_is_not_read_twice_for_the_loss(
-    kind: type[OnPolicyModule], keep: bool, layout: str, artefacts: dict[str, Any], prompts: PromptData, tmp_path: Path
+    kind: type[OnPolicyModule], keep: bool, layout: str, artifacts: dict[str, Any], prompts: PromptData, tmp_path: Path
 ) -> None:
     """The pass with the graph serves scoring too: one pass fewer, the same weights."""
     ends, passes = [], []
     for carried in (False, True):
         extra = {"samples_per_prompt": 2} if kind is RLOO else {"entropy_coef": 0.01, "value_gradient": 0.5}
-        settings = dict(layout=layout, keep_log_probs=keep, minibatch_size=8, **extra, **artefacts[layout])
+        settings = dict(layout=layout, keep_log_probs=keep, minibatch_size=8, **extra, **artifacts[layout])
         module = make(kind, **settings)
         if not carried:
             module.collector.trained_as_one = False

@@ -79,7 +79,7 @@ def test_the_critic_starts_from_the_reward_head(hydra_checkpoint: Path, prompts:
     assert not torch.equal(value.weight, reward.weight)
 
 
-def test_without_a_reward_artefact_the_values_start_at_zero(prompts: PromptData, tmp_path: Path) -> None:
+def test_without_a_reward_artifact_the_values_start_at_zero(prompts: PromptData, tmp_path: Path) -> None:
     module = make_ppo()
     module.configure_model()
     tokens = torch.ones(2, 6, dtype=torch.long)
@@ -272,7 +272,7 @@ def test_every_problem_is_reported_together_before_weights_load() -> None:
         assert part in message
 
 
-def test_hydra_needs_its_artefact_before_any_model_loads() -> None:
+def test_hydra_needs_its_artifact_before_any_model_loads() -> None:
     module = PPO(model="no/such-model", optimizer=adamw(), layout="hydra")
     with pytest.raises(ValueError, match=r"reward role needs a trained reward head.*policy_checkpoint"):
         module.configure_model()

@@ -131,7 +131,7 @@ def actor(**changes):
         ),
         (actor(critic=("a", "c", "reward")), {"a": Trunk()}, {}, "role 'critic' must read head 'value', not 'reward'"),
         ({"actor": Role("a", None, "value")}, {"a": Trunk()}, {}, "role 'actor' must read head 'lm', not 'value'"),
-        (actor(), {"a": Trunk("polcy")}, {}, "trunk 'a' starts from 'polcy'; artefacts are policy, reward"),
+        (actor(), {"a": Trunk("polcy")}, {}, "trunk 'a' starts from 'polcy'; artifacts are policy, reward"),
         (actor(), {"a": Trunk()}, {"trained_heads": frozenset({"lm"})}, r"trained_heads lists \['lm'\]"),
         (
             actor(),
@@ -171,7 +171,7 @@ def test_layouts_that_contradict_themselves(roles, trunks, options, message):
 
 
 def test_everything_wrong_is_listed():
-    with pytest.raises(ValueError, match=r"'critic' must read head(.|\n)*artefacts are policy"):
+    with pytest.raises(ValueError, match=r"'critic' must read head(.|\n)*artifacts are policy"):
         Layout(actor(critic=("a", "c", "lm")), {"a": Trunk("polcy")})
 
 
@@ -220,7 +220,7 @@ def test_stages_with_a_custom_layout(module, run_stage, base_model, batch):
     torch.testing.assert_close(read(again, ("actor",), batch)["actor"], found["actor"], atol=1e-5, rtol=1e-5)
 
 
-def test_custom_layout_with_its_artefacts_missing(base_model):
+def test_custom_layout_with_its_artifacts_missing(base_model):
     layout = Layout(actor(reward=("a", "r", "reward")), {"a": Trunk()}, loaded_adapters=frozenset({"r"}))
     with pytest.raises(ValueError, match="needs a trained reward head"):
         read_stages(BackboneSpec(base_model), layout)

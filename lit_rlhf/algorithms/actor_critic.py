@@ -24,9 +24,11 @@ from lit_rlhf.strategies.ranks import only_trainer_may_differentiate
 class ActorCriticModule(OnPolicyModule):
     """Trains an actor and a critic: ``policy_loss + value_coef * value_loss - entropy_coef * entropy``.
 
-    A subclass defines ``estimate`` and ``policy_loss``. The last three arguments are for ``j_hydra``, where both losses
-    pull at one adapter (Santacroce et al. 2023, arXiv:2309.00754, found it unstable); what they did is measured in
-    ``experiments/results``. A rank of the critic's own is ``layout: hydra`` with ``lora.ranks: {critic: 4}``.
+    The value loss is ``0.5 * max((V - R)^2, (clip(V, V_old - value_clip, V_old + value_clip) - R)^2)``, mean over
+    tokens. A subclass defines ``estimate`` and ``policy_loss``. The last three arguments are for ``j_hydra``, where
+    both losses pull at one adapter (Santacroce et al. 2023, arXiv:2309.00754, found it unstable);
+    ``experiments/results`` measures what these arguments do. For a critic's rank of its own use ``layout: hydra`` with
+    ``lora.ranks: {critic: 4}``.
 
     Args:
         gamma: Discount.

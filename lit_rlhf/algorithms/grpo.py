@@ -23,14 +23,17 @@ class GRPO(OnPolicyModule):
     """Group relative policy optimization, outcome supervision.
 
     Paper    Shao et al. 2024 (DeepSeekMath), arXiv:2402.03300, Eq. 3 and 4
+    Departs  The reference is never refreshed (the paper's outer loop does).
     Overrides
-        estimate     advantage = (score - group mean) / group deviation, the same for every token of a response
+        estimate     advantage = (score - group mean) / (group deviation + 1e-4), the same for every token of a
+                     response; the deviation is the unbiased one
         policy_loss  clipped policy loss + beta * k3(pi || pi_ref): the penalty is in the loss, not in the reward
 
     Args:
         samples_per_prompt: Responses to each prompt (K), at least 2.
         clip: Range of the policy ratio.
-        normalize_by_std: Divide by the group's deviation; False is Dr. GRPO's (Liu et al. 2025, arXiv:2503.20783).
+        normalize_by_std: Divide by the group's deviation; False is half of Dr. GRPO
+            (Liu et al. 2025, arXiv:2503.20783), whose constant length as the divisor is not offered.
         aggregation: ``response`` averages each response's tokens first (the paper), ``token`` weighs tokens alike.
         kl_estimator: Per-token KL estimate in the loss: k3 or k2.
         **kwargs: See :class:`OnPolicyModule`.
@@ -59,14 +62,14 @@ class GRPO(OnPolicyModule):
 
     def estimate(self, experience: Experience) -> None:
         """Fill advantages."""
-        scores = self.shaped_scores(experience)
-        advantages = group_normalize(scores, self.samples_per_prompt, self.normalize_by_std)
-        experience.advantages = advantages[:, None] * experience.mask
+        e = experience
+        advantages = group_normalize(self.shaped_scores(e), self.samples_per_prompt, self.normalize_by_std)
+        e.advantages = advantages[:, None] * e.mask
 
     def policy_loss(self, log_probs: Tensor, minibatch: Experience) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the clipped policy loss plus the KL penalty, of ``[B, T]`` log-probs."""
         b = minibatch
-        # A response's mean is divided by the responses, as many in every minibatch of every rank.
+        # Response means are divided by the number of responses, equal in all minibatches on all ranks: no count.
         count = b.count if self.aggregation == "token" else None
         policy_loss, stats = clipped_policy_loss(
             log_probs, b.log_probs, b.advantages, b.mask, self.clip, aggregation=self.aggregation, count=count

@@ -17,15 +17,20 @@ class PPO(ActorCriticModule):
 
     Paper    Schulman et al. 2017, arXiv:1707.06347, Eq. 7; Hydra-PPO and J-Hydra-PPO (layouts ``hydra`` and
              ``j_hydra``): Santacroce et al. 2023, arXiv:2309.00754
+    Departs  The KL penalty is in the reward (Ziegler et al. 2019, arXiv:1909.08593), advantages are whitened, and the
+             value loss is clipped; Eq. 9 has none of these.
     Overrides
-        estimate     token rewards, GAE, advantages whitened over all ranks
+        estimate     R_t = [t is the last token] * score - beta * KL_t; GAE, with the value 0 behind the last token,
+                     truncated or not; returns = advantages + values, then advantages whitened over all ranks' tokens
         policy_loss  max(-A * ratio, -A * clip(ratio, 1 - clip, 1 + clip)), mean over tokens
+    Inherits         the clipped value loss and the entropy bonus of :class:`ActorCriticModule`
 
     Args:
         gae_lambda: GAE's lambda.
         clip: Range of the policy ratio.
-        target_kl: Skip the rest of an iteration's minibatches once the policy moved this far (k3, per token) from
-            the one that sampled; None never does.
+        target_kl: Skip the rest of an iteration's minibatches once the policy moved this far (k3, per token, averaged
+            over ranks) from the one that sampled; None never does. It is measured after each minibatch, whose own step
+            stays; of an accumulated step that is under way nothing stays.
         **kwargs: See :class:`ActorCriticModule` and :class:`OnPolicyModule`.
     """
 

@@ -14,10 +14,11 @@ class ReMax(OnPolicyModule):
     """ReMax on any layout; the critic's column of the layout is never built.
 
     Paper    Li et al. 2023, arXiv:2310.10505, Algorithm 1
-    Code     liziniu/ReMax, whose each-token-own KL, clamp at 5 and gamma at the last token too are the defaults
+    Code     liziniu/ReMax; its KL (each token's own), its clamp at 5 and its gamma^1 at the last token are the defaults
+    Departs  Algorithm 1 has no discount, clamp or KL per token; tokens are averaged, not summed per response.
     Overrides
-        sample       one greedy response a prompt, decoded in the same call; it gets a reward and nothing else
-        estimate     G_t = gamma^(T - t + 1) * A - beta * (log pi(y_t) - log pi_ref(y_t)), A = r(x, y) - r(x, y_greedy)
+        sample       one greedy response a prompt, decoded in the same call; K samples share it; it gets a reward only
+        estimate     G_t = gamma^(T - t + 1) * A - beta * KL_t, A = clip(r(x, y) - r(x, y_greedy)), kept as advantages
         policy_loss  -G_t * log pi(y_t), mean over tokens
 
     One update per rollout is on-policy: set ``trainer.accumulate_grad_batches`` to rollout_size / minibatch_size. The
@@ -51,7 +52,7 @@ class ReMax(OnPolicyModule):
         return self.generate(prompts, self.samples_per_prompt, greedy=True)
 
     def estimate(self, experience: Experience) -> None:
-        """Fill advantages with the per-token returns."""
+        """Fill advantages with the returns G_t, which have the baseline in them."""
         e = experience
         baseline = self.shaped_scores(e.greedy).repeat_interleave(self.samples_per_prompt)
         gain = self.shaped_scores(e) - baseline

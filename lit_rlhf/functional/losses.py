@@ -1,8 +1,9 @@
 """Losses over real tokens.
 
-Every loss takes ``count``: the number of tokens (or pairs) of the whole batch, over all microbatches and
-ranks. The loss and its statistics then are sums divided by ``count``, and the microbatches' results add up to
-the whole batch's. Without it they are plain means over the tokens given.
+Every loss takes ``count``, a divisor: the loss and its statistics then are sums divided by it. With the number of
+tokens (or pairs) of a whole batch, the results of its microbatches add up to the whole batch's mean; with that number
+averaged over microbatches and ranks, the mean of their results is it. Without ``count`` they are plain means over the
+tokens given.
 """
 
 import torch

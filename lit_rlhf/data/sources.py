@@ -248,11 +248,12 @@ def load_hub(source: str) -> Iterable[dict[str, Any]]:
     import datasets
 
     try:
-        return datasets.load_dataset(name, split=split or "train")
+        rows: Iterable[dict[str, Any]] = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # network, hub and builder errors share no base class
         raise DataError(
             f"cannot be loaded from the hub ({error})", where=source, fix="Check name, split and network."
         ) from error
+    return rows
 
 
 def _number(rows: Iterable[dict[str, Any]], name: str) -> Iterator[Row]:

@@ -120,7 +120,8 @@ def _t95(df: int) -> float:
     """97.5 % quantile of Student's t, where the two tails hold 5 % (Abramowitz and Stegun 26.7.1)."""
 
     def excess(t: float) -> float:
-        return betainc(df / 2, 0.5, 0, df / (df + t * t), regularized=True) - 0.05
+        tails: float = betainc(df / 2, 0.5, 0, df / (df + t * t), regularized=True)
+        return tails - 0.05
 
     return float(findroot(excess, Z95 + 2.4 / df))
 

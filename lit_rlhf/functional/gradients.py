@@ -42,4 +42,5 @@ def differentiate_now(loss: Tensor, parameters: list[torch.nn.Parameter]) -> Ten
     """
     with torch.autocast(loss.device.type, enabled=False):  # as in the trainer's own backward pass
         gradients = list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
-    return _Differentiated.apply(loss.detach(), gradients, *parameters)
+    result: Tensor = _Differentiated.apply(loss.detach(), gradients, *parameters)
+    return result

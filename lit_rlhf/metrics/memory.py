@@ -92,7 +92,8 @@ class CudaMeter:
         torch.cuda.empty_cache()
 
     def _events(self) -> Sequence[Mapping[str, Any]]:
-        return torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
+        traces: Sequence[Sequence[Mapping[str, Any]]] = torch.cuda.memory._snapshot()["device_traces"]
+        return traces[torch.cuda.current_device()]
 
 
 def fragmentation(events: Iterable[Mapping[str, Any]], allocated: int, reserved: int) -> int:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_ROOMS = {
+_EXPORTS = {
     "algorithms": [
         "DPO",
         "GRPO",
@@ -76,7 +76,7 @@ _ROOMS = {
         "WeightedReward",
     ],
 }
-_HOME = {name: room for room, names in _ROOMS.items() for name in names}
+_PACKAGE_OF = {name: package for package, names in _EXPORTS.items() for name in names}
 
 __all__ = [
     "DPO",
@@ -119,6 +119,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _PACKAGE_OF:
         raise AttributeError(f"module 'lit_rlhf' has no attribute {name!r}")
-    return getattr(import_module(f"lit_rlhf.{_HOME[name]}"), name)
+    return getattr(import_module(f"lit_rlhf.{_PACKAGE_OF[name]}"), name)

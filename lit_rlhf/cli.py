@@ -11,9 +11,9 @@ LIGHT_COMMANDS = {
     "memory": "predict the memory of every layout, without a GPU",
 }
 TRAINER_COMMANDS = {
-    "fit": "train (SFT, RewardModel, HydraSFT, PPO, or a class path of yours)",
+    "fit": "train (SFT, RewardModel, HydraSFT, PPO, or your own class path)",
     "validate": "held-out metrics of a checkpoint",
-    "test": "as validate, under test/",
+    "test": "like validate, logged under test/",
     "predict": "scores or responses",
 }
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     elif command in TRAINER_COMMANDS or command.startswith("-"):
         importlib.import_module("lit_rlhf.commands.trainer").main(None if argv is None else args)
     else:
-        print(f"lit-rlhf: no command {command!r}\n\n{usage()}", file=sys.stderr)
+        print(f"lit-rlhf: unknown command {command!r}\n\n{usage()}", file=sys.stderr)
         raise SystemExit(2)
 
 

@@ -1,7 +1,7 @@
-"""Errors that a user can mend: each message says what is wrong, where, and what to do.
+"""Errors that a user can fix: each message says what is wrong, where, and what to do.
 
 The command line prints such an error as it is, without a traceback. Everything else that is raised is a bug, ours or a
-library's, and keeps its traceback. Each class is also the built-in exception that fits, for callers from Python.
+library's, and keeps its traceback. Each class also derives from the matching built-in exception, for callers in Python.
 """
 
 import errno
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 
 class LitRLHFError(Exception):
-    """Base of every error of the user's making, or of the user's files, models and machines."""
+    """Base of all errors caused by the user's settings, files, models or machine."""
 
 
 class ConfigError(LitRLHFError, ValueError):
@@ -30,7 +30,7 @@ class ModelFileError(LitRLHFError, OSError):
 
 
 class ModelNotFoundError(ModelFileError, FileNotFoundError):
-    """A name of a model or a tokenizer leads to nothing."""
+    """There is no model or tokenizer of that name."""
 
 
 class MissingPackageError(LitRLHFError, ImportError):
@@ -38,23 +38,23 @@ class MissingPackageError(LitRLHFError, ImportError):
 
 
 class NonFiniteError(LitRLHFError, RuntimeError):
-    """A number that training cannot use: NaN or infinite."""
+    """A NaN or an infinity where training needs a finite number."""
 
 
 class RewardError(LitRLHFError, RuntimeError):
-    """A reward function raised, or did not answer in time."""
+    """A reward function raised, or did not return in time."""
 
 
 class OutputExistsError(LitRLHFError, FileExistsError):
-    """A command would write where something is already."""
+    """A command would overwrite something."""
 
 
 class BenchmarkError(LitRLHFError, ChildProcessError):
-    """The process of a measurement failed; the message holds its last words."""
+    """The process of a measurement failed; the message holds the end of its output."""
 
 
 def message_suffices(error: BaseException) -> bool:
-    """Say whether a user can mend an error by its message: one of ours, or the system's about a file or a full disk."""
+    """Return whether the message says how to fix the error: ours, and the system's about a file or a full disk."""
     if isinstance(error, OSError) and (error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)):
         return True
     return isinstance(error, LitRLHFError)
@@ -62,7 +62,7 @@ def message_suffices(error: BaseException) -> bool:
 
 @contextmanager
 def model_errors(what: str) -> Iterator[None]:
-    """Turn what libraries raise about a user's model into one kind, with the name of what they were reading.
+    """Turn whatever libraries raise about a user's model into :class:`ModelFileError`, naming what was being read.
 
     Damaged files raise ``SafetensorError``, ``struct.error``, ``TypeError``, ``RuntimeError`` and more.
 
@@ -70,7 +70,7 @@ def model_errors(what: str) -> Iterator[None]:
         what: Begins the message: ``model 'x' could not be loaded``.
 
     Raises:
-        ModelFileError: Anything was raised inside the block, but for our own errors and those about missing packages.
+        ModelFileError: Anything was raised inside the block, except our own errors and those about missing packages.
     """
     try:
         yield

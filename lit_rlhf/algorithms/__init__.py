@@ -1,4 +1,4 @@
-"""The algorithms, one LightningModule each; and the contract for an algorithm of your own.
+"""The algorithms, one LightningModule each, and the contract for writing your own.
 
 Subclass :class:`OnPolicyModule` (or :class:`ActorCriticModule`, which adds a critic), override the hooks that differ,
 and name the class path in YAML. Layouts, logging, checkpoints, exact resume, DDP and FSDP2 come with the base.
@@ -18,22 +18,23 @@ Then the buffer yields ``inner_epochs`` times ``rollout_size / minibatch_size`` 
 Hooks
 -----
 ``sample(prompts)``
-    Which responses. ``prompts`` holds ``tokens`` [n, P] long (left-padded), ``attention_mask`` [n, P] bool, ``prompts``
-    (n texts) and ``columns`` (the data set's other columns, n values each), for the n = N / K prompts of this rank.
-    Default: ``self.generate(prompts, K)``; ``greedy=True`` adds one greedy response a prompt as ``experience.greedy``.
+    Which responses to sample. ``prompts`` holds ``tokens`` [n, P] long (left-padded), ``attention_mask`` [n, P] bool,
+    ``prompts`` (n texts) and ``columns`` (the data set's other columns, n values each), for the n = N / K prompts of
+    this rank. Default: ``self.generate(prompts, K)``; ``greedy=True`` adds one greedy response per prompt as
+    ``experience.greedy``.
 ``estimate(experience)``
     Fill ``advantages`` [N, T] (and ``returns``, by ``self.set_returns``, where there is a critic). Runs without
-    gradients, once an iteration, on all N samples in the order in which they were sampled: groups of K stand together.
+    gradients, once per iteration, on all N samples in the order in which they were sampled: groups of K are adjacent.
     Helpers: ``self.shaped_scores(e)`` [N], ``self.kl_penalty(e)`` [N, T], ``self.kl.value``, ``self.all_reduce_sum``.
 ``policy_loss(log_probs, minibatch)``
     Return the 0-dim loss of ``log_probs`` [B, T] under the current policy, and a dict of 0-dim statistics, detached,
     that are logged under ``train/``. A critic's value loss and the entropy bonus are added by
-    :class:`ActorCriticModule`; ``approx_kl`` among the statistics is what ``target_kl`` listens to.
+    :class:`ActorCriticModule`; ``target_kl`` compares the statistic ``approx_kl``.
 ``loss(minibatch)``
-    Instead of ``policy_loss``, for a loss that reads other roles. ``self.log_probs(minibatch)`` gives the policy's.
+    Instead of ``policy_loss``, for a loss that needs other roles. ``self.log_probs(minibatch)`` gives the policy's.
 ``problems()``
-    Return what is wrong with the settings, one line each, added to ``super().problems()``; all of them are reported
-    together in ``setup``, before any weights load. ``self.needs_groups()`` is the problem of K = 1.
+    Return the problems with the settings, one line each, added to ``super().problems()``; all of them are reported
+    together in ``setup``, before any weights load. ``self.needs_groups()`` reports K = 1.
 
 A constructor declares its own arguments, passes ``**kwargs``, and calls ``super().__init__(**kwargs)`` first.
 
@@ -57,7 +58,7 @@ field              shape         dtype        filled by
 ``advantages``     [N, T]        float32      estimate
 ``returns``        [N, T]        float32      estimate: the critic's targets; only with a critic
 ``count``          0-dim         float        the buffer, on minibatches: see below
-``left_out``       bool                       the check: not finite, nothing is updated from it
+``left_out``       bool                       the check: a number is not finite; nothing is updated
 =================  ============  ===========  =================================================================
 
 What divides which loss
@@ -66,9 +67,9 @@ What divides which loss
 optimizer step (``accumulate_grad_batches``). A *token* loss is a sum over the minibatch's tokens divided by it
 (``count=b.count`` in ``lit_rlhf.functional``): Lightning averages over minibatches, the strategy over ranks, and the
 result is the mean over all tokens of the step, wherever they were. A *response* loss (GRPO's
-``aggregation: response``) takes each response's own mean and then divides by B: every minibatch of every rank has as
-many responses, so that plain averages are right. Policy, value, entropy and KL losses of the algorithms here are token
-losses unless they say otherwise. ``advantages`` whitened in ``estimate`` use the tokens of all ranks.
+``aggregation: response``) takes each response's own mean and then divides by B: every minibatch of every rank has the
+same number of responses, so plain averages are right. Policy, value, entropy and KL losses of the algorithms here are
+token losses unless they say otherwise. ``advantages`` whitened in ``estimate`` use the tokens of all ranks.
 """
 
 from lit_rlhf.algorithms.actor_critic import ActorCriticModule

@@ -26,9 +26,9 @@ class ActorCriticModule(OnPolicyModule):
 
     The value loss is ``0.5 * max((V - R)^2, (clip(V, V_old - value_clip, V_old + value_clip) - R)^2)``, mean over
     tokens. A subclass defines ``estimate`` and ``policy_loss``. The last three arguments are for ``j_hydra``, where
-    both losses pull at one adapter (Santacroce et al. 2023, arXiv:2309.00754, found it unstable);
-    ``experiments/results`` measures what these arguments do. For a critic's rank of its own use ``layout: hydra`` with
-    ``lora.ranks: {critic: 4}``.
+    both losses train one adapter (Santacroce et al. 2023, arXiv:2309.00754, found it unstable);
+    ``experiments/results`` measures what these arguments do. To give the critic its own rank, use ``layout: hydra``
+    with ``lora.ranks: {critic: 4}``.
 
     Args:
         gamma: Discount.
@@ -36,9 +36,9 @@ class ActorCriticModule(OnPolicyModule):
         value_coef: Weight of the value loss.
         entropy_coef: Weight of the entropy bonus.
         critic_lr: Learning rate of the critic's own parameters; None uses the optimizer's.
-        critic_warmup_iterations: First iterations, in which only the critic's own parameters are updated.
-        value_gradient: Factor on the value loss's gradient into what the actor reads too; 0 leaves the value head alone
-            to learn values. Changes nothing where the critic has an adapter or a trunk of its own.
+        critic_warmup_iterations: Number of first iterations that update only the critic's own parameters.
+        value_gradient: Factor on the value loss's gradient into weights shared with the actor; with 0 only the value
+            head learns values. No effect where the critic has its own adapter or trunk.
         balance_losses: Divide the value loss by the variance of the rollout's returns, so that the reward's scale does
             not decide which of the two losses moves a shared adapter.
         **kwargs: See :class:`OnPolicyModule`.
@@ -84,10 +84,10 @@ class ActorCriticModule(OnPolicyModule):
         return [*super().configure_callbacks(), *warmup]
 
     def loss(self, minibatch: Experience) -> Tensor:
-        """Return policy, value and entropy losses in one: Lightning runs one backward pass.
+        """Return the sum of policy, value and entropy losses; Lightning runs one backward pass.
 
-        A critic with a forward pass of its own is differentiated before the actor's pass begins, so that the
-        activations of one pass are alive at a time.
+        A critic with its own forward pass is differentiated before the actor's pass begins, so that only one pass's
+        activations are alive at a time.
         """
         b = minibatch
         outputs = self.backbone(self.loss_passes()[0], *b.inputs, **self.pass_options())
@@ -123,7 +123,7 @@ class ActorCriticModule(OnPolicyModule):
         return self.value_coef / self._returns_variance * loss, stats
 
     def set_returns(self, experience: Experience, returns: Tensor) -> None:
-        """Give the experience the critic's targets, and take note of their variance over all ranks."""
+        """Set the critic's targets, and record their variance over all ranks."""
         experience.returns = returns
         if self.balance_losses:
             _, variance = finish_moments(self.all_reduce_sum(moments(returns, experience.mask)))
@@ -131,7 +131,7 @@ class ActorCriticModule(OnPolicyModule):
             self._returns_variance = float(variance) or 1.0
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return two groups: the actor's parameters, and those only the critic reads."""
+        """Return two groups: the actor's parameters, and those only the critic uses."""
         actor = self.backbone.role_parameters("actor")
         own = {name: p for name, p in self.backbone.role_parameters("critic").items() if name not in actor}
         critic: dict[str, Any] = {"params": list(own.values())}

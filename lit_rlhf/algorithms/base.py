@@ -48,7 +48,7 @@ class BackboneModule(L.LightningModule):
         optimizer: Optimizer class path with all its arguments.
         lr_scheduler: Learning-rate schedule.
         tokenizer: Tokenizer name, in the forms of ``model``; None means the model's own.
-        dtype: Dtype of the trunks. Adapters and scalar heads are float32 always.
+        dtype: Dtype of the trunks. Adapters and scalar heads are always float32.
         lora: The trained adapters; None trains the whole trunk.
         policy_checkpoint: Stage checkpoint the policy trunks start from; None starts from ``model`` itself.
         quantization: ``int8`` or ``nf4`` holds frozen trunks in 8 or 4 bits (bitsandbytes, on CUDA).
@@ -56,7 +56,7 @@ class BackboneModule(L.LightningModule):
         compile_layers: Compile the decoder layers with ``torch.compile`` for scoring and training; not together with
             ``gradient_checkpointing`` or a compiled engine.
         on_non_finite: At a NaN or infinity in reward, log-probs, loss or gradient, ``raise`` stops the run and names
-            the samples; ``skip_step`` leaves that optimizer step out and counts it.
+            the samples; ``skip_step`` skips that optimizer step and counts it.
     """
 
     lr_interval: ClassVar[str] = "step"
@@ -90,30 +90,30 @@ class BackboneModule(L.LightningModule):
         # Checkpoints hold the trainables only; `on_load_checkpoint` compares the names instead.
         self.strict_loading = False
         self.temperature = 1.0
-        self.sampled_tokens = 0  # most tokens that are sampled behind a prompt
+        self.sampled_tokens = 0  # maximum number of tokens sampled after a prompt
         self._stages: Stages | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def make_layout(self) -> Layout:
-        """Return the layout of this run; the one thing a new kind of stage has to say about its model."""
+        """Return the layout of this run; the one thing a new kind of stage has to define."""
         raise NotImplementedError(f"{type(self).__name__} must define make_layout")
 
     def problems(self) -> list[str]:
-        """Hook: return everything wrong with the settings, one line each; a subclass adds its own to ``super()``'s.
+        """Hook: return all problems with the settings, one line each; a subclass adds its own to ``super()``'s.
 
-        It is asked before any weights load; whether there is a trainer, :func:`trainer_of` says.
+        It is called before any weights load; :func:`trainer_of` returns the trainer, if there is one.
         """
         found = []
         if self.compile_layers and self.gradient_checkpointing:
-            # torch cannot trace the context that puts the right adapter back in recomputation.
-            found.append("compile_layers and gradient_checkpointing exclude each other; leave one of them out")
+            # torch cannot trace the context that restores the right adapter during recomputation.
+            found.append("compile_layers and gradient_checkpointing cannot be combined; remove one of them")
         trainer = trainer_of(self)
         found += precision_problems(None if trainer is None else trainer.precision)
         found += optimizer_problems(self.optimizer, self.lr_scheduler)
         return found + layout_problems(self.make_layout, self.spec.lora)
 
     def check_settings(self) -> None:
-        """Refuse settings that cannot work, all of them at once; no files are read.
+        """Raise for settings that cannot work, naming all of them; no files are read.
 
         Raises:
             ConfigError: There are :meth:`problems`.
@@ -126,8 +126,8 @@ class BackboneModule(L.LightningModule):
 
         Raises:
             StrategyError: See :func:`lit_rlhf.strategies.check_strategy`.
-            ConfigError: There are :meth:`problems`, a checkpoint lacks what the layout needs, or the data are beyond
-                the model.
+            ConfigError: There are :meth:`problems`, a checkpoint lacks what the layout needs, or the data exceed the
+                model's vocabulary or context.
             ModelFileError: A model's files are missing or damaged.
         """
         check_strategy(self.trainer.strategy, self.spec.quantization is not None)
@@ -138,7 +138,7 @@ class BackboneModule(L.LightningModule):
         check_data(getattr(self.trainer, "datamodule", None), self.spec, self.tokenizer, self.sampled_tokens, parents)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Guard every run's numbers, checkpoints and end; a subclass adds its own."""
+        """Add what guards every run's numbers, checkpoints and SIGTERM; a subclass adds its own."""
         return [NumericalGuard(self.on_non_finite), SafeCheckpoints(), self.sigterm_callback()]
 
     @property
@@ -165,7 +165,7 @@ class BackboneModule(L.LightningModule):
             StrategyError: The device mesh has a tensor-parallel dimension.
         """
         mesh = None if self.device_mesh is None else data_parallel_mesh(self.device_mesh)
-        # bitsandbytes quantizes while it loads, and its tensors carry state of their own: every rank loads those.
+        # bitsandbytes quantizes while it loads, and its tensors carry their own state, so every rank loads them.
         from_first_rank = mesh is not None and mesh.size() > 1 and self.spec.quantization is None
         if not hasattr(self, "backbone"):
             layout = self.make_layout()
@@ -203,14 +203,14 @@ class BackboneModule(L.LightningModule):
         return {key: value for key, value in state.items() if key in trained}
 
     def record(self) -> dict[str, Any]:
-        """Return what a checkpoint says of itself; ``trainable_names`` is None before the model is built."""
+        """Return the record that a checkpoint carries; ``trainable_names`` is None before the model is built."""
         algorithm = class_path(self)
         if not hasattr(self, "backbone"):
             return {**make_record(algorithm, self.spec, self.make_layout(), []), "trainable_names": None}
         return make_record(algorithm, self.spec, self.backbone.layout, self.backbone.trainable_names)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the record by which later stages find the frozen rest."""
+        """Add the record through which later stages find the frozen weights."""
         checkpoint[RECORD_KEY] = self.record()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

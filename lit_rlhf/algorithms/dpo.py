@@ -15,14 +15,14 @@ from lit_rlhf.metrics import PairwiseAccuracy, RewardMargin
 
 
 class DPO(SupervisedModule):
-    """Direct preference optimisation; the reference is the layout's, with LoRA the trunk itself, switched off.
+    """Direct preference optimization. The reference is the layout's; with LoRA, the trunk with its adapter off.
 
     Paper    Rafailov et al. 2023, arXiv:2305.18290, Eq. 7
 
     Args:
-        layout: Which trunk and LoRA set actor and reference read; see :class:`OnPolicyModule`.
-        lora: The trained LoRA set; None is ``LoraArgs()``. Not used by layouts that train whole trunks (``full``).
-        beta: Strength of the pull towards the reference.
+        layout: Which trunk and adapter actor and reference use; see :class:`OnPolicyModule`.
+        lora: The trained adapter; None is ``LoraArgs()``. Not used by layouts that train whole trunks (``full``).
+        beta: Strength of the pull toward the reference.
         label_smoothing: Assumed share of pairs whose labels are swapped, in [0, 0.5).
         **kwargs: See :class:`BackboneModule`.
     """
@@ -61,8 +61,8 @@ class DPO(SupervisedModule):
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], dict[str, tuple[Tensor, ...]]]:
         """Return the loss of a batch whose first half is chosen, second half rejected."""
-        read = self.read(batch)
-        log_ratio = masked_sum(read["actor"] - read["reference"], batch["mask"], dim=1)
+        outputs = self.run_heads(batch)
+        log_ratio = masked_sum(outputs["actor"] - outputs["reference"], batch["mask"], dim=1)
         chosen, rejected = log_ratio.chunk(2)
         loss = dpo_loss(chosen, rejected, self.beta, self.label_smoothing)
         rewards = (self.beta * log_ratio.detach()).chunk(2)

@@ -34,7 +34,7 @@ class GRPO(OnPolicyModule):
         clip: Range of the policy ratio.
         normalize_by_std: Divide by the group's deviation; False is half of Dr. GRPO
             (Liu et al. 2025, arXiv:2503.20783), whose constant length as the divisor is not offered.
-        aggregation: ``response`` averages each response's tokens first (the paper), ``token`` weighs tokens alike.
+        aggregation: ``response`` averages each response's tokens first (the paper), ``token`` weights all equally.
         kl_estimator: Per-token KL estimate in the loss: k3 or k2.
         **kwargs: See :class:`OnPolicyModule`.
     """

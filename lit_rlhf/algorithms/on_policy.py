@@ -37,14 +37,15 @@ class OnPolicyModule(BackboneModule):
     advantages) and :meth:`policy_loss`. It runs on every layout. :mod:`lit_rlhf.algorithms` documents the contract.
 
     Args:
-        layout: Which trunk, adapter and head each role reads: ``full``, ``lora``, ``dynamic_lora``, ``pe``,
+        layout: Which trunk, adapter and head each role uses: ``full``, ``lora``, ``dynamic_lora``, ``pe``,
             ``j_hydra`` or ``hydra``, or the import path of a :class:`Layout` of yours (``my_layouts.SPLIT``).
         lora: The trained adapters; None is ``LoraArgs()``. Not used by layouts that train whole trunks (``full``).
-        reward_checkpoint: Reward-model checkpoint; None reads the policy checkpoint's own reward head (Hydra-SFT).
-        reward: What rates responses; None is the layout's reward role.
+        reward_checkpoint: Reward-model checkpoint; None uses the policy checkpoint's own reward head (Hydra-SFT).
+        reward: What scores responses; None is the layout's reward role.
         sampling: How responses are sampled.
-        rollout_size: Responses a rank samples for one iteration.
-        samples_per_prompt: Responses to each prompt; divides ``rollout_size``. They share the pass over the prompt.
+        rollout_size: Responses that each rank samples per iteration.
+        samples_per_prompt: Responses to each prompt; divides ``rollout_size``. They share the forward pass over the
+            prompt.
         minibatch_size: Responses in one minibatch; divides ``rollout_size``.
         inner_epochs: Passes over each rollout.
         rollout_batch_size: Responses generated and scored at once; None takes the whole rollout.
@@ -53,11 +54,12 @@ class OnPolicyModule(BackboneModule):
         kl: Controller of the KL penalty's coefficient; None is ``FixedKL(0.05)``.
         kl_estimator: Per-token KL estimate in the penalty.
         score_clip: Clip scores to ``[-score_clip, score_clip]`` after scaling; None does not.
-        reward_scaling: ``batch`` whitens the scores of each rollout, ``running`` divides by their deviation so far.
+        reward_scaling: ``batch`` whitens the scores of each rollout, ``running`` divides by their running standard
+            deviation.
         missing_eos_penalty: Subtracted from the score of a response that hit the length limit.
-        keep_log_probs: Take the old log-probs from sampling instead of a pass over the responses; None does so where
-            both agree, in float32 with an engine that gives them.
-        log_samples: Sample responses to log each iteration.
+        keep_log_probs: Take the old log-probs from sampling instead of a forward pass over the responses; None does so
+            where the two agree: in float32, with an engine that returns them.
+        log_samples: Number of responses to log per iteration.
         seed: Base seed; every iteration reseeds from (seed, iteration, rank). None takes ``seed_everything``'s, or 0.
         engine: What samples the responses; None is ``TransformersEngine()``.
         **kwargs: See :class:`BackboneModule`.
@@ -123,30 +125,30 @@ class OnPolicyModule(BackboneModule):
         self.rollout_buffer = RolloutBuffer(
             rollout_size, minibatch_size, inner_epochs, seed, samples_per_prompt, group_by_length
         )
-        # For callbacks: what the latest minibatch gave, and whether the coming ones are left out.
+        # For callbacks: the latest minibatch's statistics, and whether the following ones are skipped.
         self.minibatch_stats: dict[str, Tensor] = {}
         self.skip_minibatches = False
 
     def problems(self) -> list[str]:
-        """Hook: return everything wrong with the settings, one line each; a subclass adds its own to ``super()``'s."""
+        """Hook: return all problems with the settings, one line each; a subclass adds its own to ``super()``'s."""
         found = [*super().problems(), *self.collector.problems(), *self.rollout_buffer.problems(self)]
         found += self.reward_scaler.problems() + self.kl.problems(self.rollout_size * world_size(self))
         if self.compile_layers and getattr(self.collector.engine, "compile", False):
-            found.append("compile_layers and engine.compile exclude each other; leave one of them out")
+            found.append("compile_layers and engine.compile cannot be combined; remove one of them")
         return found
 
     def needs_groups(self) -> list[str]:
-        """Return the problem of a single response a prompt, for algorithms that compare several."""
+        """Return a problem if there is a single response per prompt, for algorithms that compare several."""
         if self.samples_per_prompt >= 2:
             return []
         return [f"samples_per_prompt must be at least 2 for {type(self).__name__}, got {self.samples_per_prompt}"]
 
     def make_layout(self) -> Layout:
-        """Return the named layout, restricted to the roles this algorithm and its reward read."""
+        """Return the named layout, restricted to the roles this algorithm and its reward use."""
         return self.layout.restricted_to(self.roles + self.collector.roles)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Put the rollout buffer in place; the user's YAML need not name it."""
+        """Add the rollout buffer and what logs; the user's YAML need not name them."""
         own = [self.rollout_buffer, TrainingPhase(), PhaseTimer(), SampleTable(self.log_samples)]
         return [*super().configure_callbacks(), *own]
 
@@ -155,7 +157,7 @@ class OnPolicyModule(BackboneModule):
         return self.collector.collect(self, prompts)
 
     def sample(self, prompts: PromptBatch) -> Experience:
-        """Hook: return ``samples_per_prompt`` responses to each of N prompts, those to one prompt together."""
+        """Hook: return ``samples_per_prompt`` responses to each of N prompts, grouped by prompt."""
         return self.generate(prompts, self.samples_per_prompt)
 
     def score(self, experience: Experience, prompts: PromptBatch) -> Scored:
@@ -219,7 +221,7 @@ class OnPolicyModule(BackboneModule):
         self.collector.evaluate(self, batch, "val")
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """As validation, under ``test/``."""
+        """Like validation, under ``test/``."""
         self.collector.evaluate(self, batch, "test")
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ class Reinforce(ActorCriticModule):
 
     Paper    Sidahmed et al. 2024 (PE-RLHF), arXiv:2403.10704, section on reinforcement learning; Williams 1992
     Overrides
-        estimate     advantage = reward-to-go less the critic's value, not whitened
+        estimate     advantage = reward-to-go minus the critic's value, not whitened
         policy_loss  -A * log pi, mean over tokens
 
     One update per rollout is on-policy: set ``trainer.accumulate_grad_batches`` to rollout_size / minibatch_size.

@@ -11,13 +11,13 @@ from lit_rlhf.rollout import Experience, PromptBatch
 
 
 class ReMax(OnPolicyModule):
-    """ReMax on any layout; the critic's column of the layout is never built.
+    """ReMax on any layout; the layout's critic is never built.
 
     Paper    Li et al. 2023, arXiv:2310.10505, Algorithm 1
     Code     liziniu/ReMax; its KL (each token's own), its clamp at 5 and its gamma^1 at the last token are the defaults
     Departs  Algorithm 1 has no discount, clamp or KL per token; tokens are averaged, not summed per response.
     Overrides
-        sample       one greedy response a prompt, decoded in the same call; K samples share it; it gets a reward only
+        sample       one greedy response per prompt, decoded in the same call; K samples share it; it only gets a reward
         estimate     G_t = gamma^(T - t + 1) * A - beta * KL_t, A = clip(r(x, y) - r(x, y_greedy)), kept as advantages
         policy_loss  -G_t * log pi(y_t), mean over tokens
 
@@ -28,7 +28,7 @@ class ReMax(OnPolicyModule):
         gamma: Discount.
         advantage_clip: Clip A to ``[-advantage_clip, advantage_clip]``; None does not.
         kl_to_go: Sum the KL penalty (discounted by gamma) from each token to the end instead of taking the token's
-            own; with gamma 1 and no advantage_clip that is verl's reading of the paper.
+            own; with gamma 1 and no advantage_clip that is verl's interpretation of the paper.
         **kwargs: See :class:`OnPolicyModule`.
     """
 

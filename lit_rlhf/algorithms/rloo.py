@@ -11,13 +11,13 @@ from lit_rlhf.rollout import Experience
 
 
 class RLOO(OnPolicyModule):
-    """REINFORCE leave-one-out over K responses a prompt.
+    """REINFORCE leave-one-out over K responses per prompt.
 
     Paper    Ahmadian et al. 2024, arXiv:2402.14740, section 2.3
     Departs  Tokens are averaged over the minibatch, not summed per response: the gradient's direction is the same.
              The ratio is clipped, which changes nothing at one update per rollout and guards further ones.
     Overrides
-        estimate     R = score - beta * sum_t KL_t; advantage = R less the mean R of the prompt's other responses
+        estimate     R = score - beta * sum_t KL_t; advantage = R minus the mean R of the prompt's other responses
         policy_loss  clipped policy loss
 
     Args:

@@ -1,4 +1,4 @@
-"""Checks before any weights load: of settings, each returning what is wrong in one line a problem, and of data."""
+"""Checks before any weights load: of settings, each returning one line per problem, and of data."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -35,7 +35,7 @@ def out_of_range(
 
 
 def optimizer_problems(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None) -> list[str]:
-    """Build optimizer and schedule for a parameter of their own, to see whether they take their arguments."""
+    """Build optimizer and schedule for a dummy parameter, to check that they accept their arguments."""
     try:
         built = optimizer([torch.nn.Parameter(torch.zeros(1, 1))])
         if lr_scheduler is not None:
@@ -46,7 +46,7 @@ def optimizer_problems(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCa
 
 
 def layout_problems(make_layout: Callable[[], Layout], lora: LoraArgs | None) -> list[str]:
-    """See whether the layout has the roles that are needed, and the adapters that the LoRA settings name."""
+    """Check that the layout has the roles that are needed, and the adapters that the LoRA settings name."""
     try:
         layout = make_layout()
         if lora is not None:
@@ -67,10 +67,10 @@ def precision_problems(precision: object) -> list[str]:
 
 
 class Measured(Protocol):
-    """A tokenized dataset that can say how far its tokens reach."""
+    """A tokenized dataset that knows its longest row and its largest token id."""
 
     def longest(self) -> int:
-        """Return the tokens of its longest row."""
+        """Return the number of tokens of its longest row."""
 
     def largest_id(self) -> int:
         """Return its largest token id."""
@@ -86,10 +86,10 @@ def check_data(
     """Refuse data that the model cannot read.
 
     Args:
-        data: The data module; its ``train_dataset`` and ``val_dataset`` are looked into where they are measured.
+        data: The data module; its ``train_dataset`` and ``val_dataset`` are checked where they are :class:`Measured`.
         spec: Where the model comes from.
         tokenizer: The run's.
-        sampled_tokens: Most tokens that are sampled behind each sequence.
+        sampled_tokens: Maximum number of tokens sampled after each sequence.
         parents: The checkpoints that the run starts from, by path.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The supervised stages: SFT, reward model and Hydra-SFT. Each is one trunk with one or two heads, one pass a batch."""
+"""The supervised stages: SFT, reward model and Hydra-SFT. Each has one trunk with one or two heads."""
 
 from typing import Any, ClassVar
 
@@ -38,7 +38,7 @@ class SupervisedModule(BackboneModule):
             self.add_module(f"metric_{name}", metric)
 
     def problems(self) -> list[str]:
-        """Add data of another kind: their batches' halves are chosen and rejected responses, or they are not."""
+        """Add data of another kind, whose batches mean something else."""
         found, trainer = super().problems(), trainer_of(self)
         data = getattr(trainer, "datamodule", None)
         if self.data is not None and isinstance(data, TextData) and not isinstance(data, self.data):
@@ -49,11 +49,11 @@ class SupervisedModule(BackboneModule):
         return found
 
     def configure_callbacks(self) -> list[Callback]:
-        """Let checkpoints be saved after any step."""
+        """Allow checkpoints after any step."""
         return [SaveAtEpochEnd(), *super().configure_callbacks()]
 
     def make_layout(self) -> Layout:
-        """Return one trunk, read by every head in one pass."""
+        """Return one trunk that carries every head."""
         return supervised_layout(self.heads, lora=self.spec.lora is not None)
 
     def make_metrics(self) -> dict[str, Metric]:
@@ -64,8 +64,8 @@ class SupervisedModule(BackboneModule):
         """Return the loss, its named parts, and for each metric the arguments of its update."""
         raise NotImplementedError(f"{type(self).__name__} must define losses")
 
-    def read(self, batch: Batch, lm_mask: Tensor | None = None) -> dict[str, Tensor]:
-        """Read every head in one pass."""
+    def run_heads(self, batch: Batch, lm_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Return every head's output, in one forward pass."""
         roles = tuple(self.heads)
         return self.backbone(roles, batch["tokens"], batch["attention_mask"], batch["mask"], lm_mask=lm_mask)
 
@@ -94,7 +94,7 @@ class SupervisedModule(BackboneModule):
         self._evaluate(batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """As validation, under ``test/``."""
+        """Like validation, under ``test/``."""
         self._evaluate(batch, "test")
 
     def _evaluate(self, batch: Batch, prefix: str) -> None:
@@ -105,10 +105,10 @@ class SupervisedModule(BackboneModule):
             self.log(f"{prefix}/{name}", self.metrics[name], prog_bar=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, float]]:
-        """Return what each head says of each sequence: a score, or the mean log-prob of a response token."""
+        """Return each head's output for each sequence: a score, or the mean log-prob of a response token."""
         columns = {
             role: value if value.dim() == 1 else masked_mean(value, batch["mask"], dim=1)
-            for role, value in self.read(batch).items()
+            for role, value in self.run_heads(batch).items()
         }
         rows = zip(*(column.tolist() for column in columns.values()), strict=True)
         return [dict(zip(columns, row, strict=True)) for row in rows]
@@ -130,7 +130,7 @@ class SFT(SupervisedModule):
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], dict[str, tuple[Tensor, ...]]]:
         """Return the cross-entropy of an instruction batch."""
-        log_probs = self.read(batch)["actor"]
+        log_probs = self.run_heads(batch)["actor"]
         loss = cross_entropy(log_probs, batch["mask"], count=self.token_count(batch["mask"]))
         return loss, {}, {"perplexity": (log_probs, batch["mask"])}
 
@@ -154,7 +154,7 @@ class RewardModel(SupervisedModule):
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], dict[str, tuple[Tensor, ...]]]:
         """Return the preference loss of a batch whose first half is chosen, second half rejected."""
-        chosen, rejected = self.read(batch)["reward"].chunk(2)
+        chosen, rejected = self.run_heads(batch)["reward"].chunk(2)
         pair = (chosen.detach(), rejected.detach())
         return preference_loss(chosen, rejected), {}, {"accuracy": pair, "margin": pair}
 
@@ -163,8 +163,8 @@ class HydraSFT(SupervisedModule):
     """One decoder, two heads: language model and reward model trained together.
 
     Paper    Santacroce et al. 2023, arXiv:2309.00754, section on Hydra-SFT
-    Loss     ``L_xent(y_w | x) + gamma * L_pref``; one pass over chosen and rejected serves both heads, and rejected
-             responses cost no language-model head work.
+    Loss     ``L_xent(y_w | x) + gamma * L_pref``; one pass over chosen and rejected responses serves both heads; no
+             logits are computed for the rejected ones.
 
     Args:
         gamma: Weight of the preference loss.
@@ -191,13 +191,13 @@ class HydraSFT(SupervisedModule):
         pairs = len(batch["mask"]) // 2
         lm_mask = batch["mask"].clone()
         lm_mask[pairs:] = False
-        read = self.read(batch, lm_mask)
-        chosen, rejected = read["reward"].chunk(2)
-        language = cross_entropy(read["actor"], lm_mask, count=self.token_count(lm_mask))
+        outputs = self.run_heads(batch, lm_mask)
+        chosen, rejected = outputs["reward"].chunk(2)
+        language = cross_entropy(outputs["actor"], lm_mask, count=self.token_count(lm_mask))
         preference = preference_loss(chosen, rejected)
         pair = (chosen.detach(), rejected.detach())
         return (
             language + self.gamma * preference,
             {"cross_entropy": language, "preference": preference},
-            {"perplexity": (read["actor"].detach(), lm_mask), "accuracy": pair, "margin": pair},
+            {"perplexity": (outputs["actor"].detach(), lm_mask), "accuracy": pair, "margin": pair},
         )

@@ -19,7 +19,7 @@ class BackboneSpec:
     Args:
         model: Base model name (see :func:`lit_rlhf.backbone.loading.resolve_source`).
         tokenizer: Tokenizer name; None means the model's.
-        dtype: Dtype of the trunks. Adapters and scalar heads are float32 always.
+        dtype: Dtype of the trunks. Adapters and scalar heads are always float32.
         lora: Settings of the trained adapters; None where trunks are fully trained.
         policy_checkpoint: Stage checkpoint (SFT, Hydra-SFT, an earlier PPO) the policy trunks start from.
         reward_checkpoint: Reward-model checkpoint; None means the policy checkpoint's own reward head.

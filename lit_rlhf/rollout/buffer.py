@@ -72,7 +72,7 @@ class RolloutBuffer(Callback):
     prompts that it would have drawn. The responses to them are sampled by other streams.
 
     Args:
-        rollout_size: Responses a rank samples for one iteration.
+        rollout_size: Responses that each rank samples per iteration.
         minibatch_size: Responses in one minibatch.
         inner_epochs: Passes over the rollout.
         seed: Base seed; a resumed run keeps the seed it began with. None takes that of ``seed_everything``, or 0.

@@ -70,7 +70,7 @@ def test_it_prefers_the_chosen_and_its_reference_stays(
     module = make(layout=layout, policy_checkpoint=str(hydra_checkpoint))
     batch = a_batch(module, pairs)
     with torch.no_grad():
-        before = module.read(batch)["reference"]
+        before = module.run_heads(batch)["reference"]
     fresh = make(layout=layout, policy_checkpoint=str(hydra_checkpoint))
     L.seed_everything(0, verbose=False)
     trainer = make_trainer(tmp_path, epochs=8, limit_val_batches=1.0)
@@ -78,7 +78,7 @@ def test_it_prefers_the_chosen_and_its_reference_stays(
     assert float(trainer.callback_metrics["val/accuracy"]) == 1.0
     assert float(trainer.callback_metrics["val/margin"]) > 0.1
     with torch.no_grad():
-        assert torch.equal(fresh.read(batch)["reference"], before)
+        assert torch.equal(fresh.run_heads(batch)["reference"], before)
 
 
 def test_a_dpo_checkpoint_is_a_policy_for_later_stages(
@@ -90,7 +90,9 @@ def test_a_dpo_checkpoint_is_a_policy_for_later_stages(
     later = make(policy_checkpoint=str(tmp_path / "last.ckpt"))
     batch = a_batch(later, pairs)
     with torch.no_grad():
-        torch.testing.assert_close(later.read(batch)["reference"], module.read(batch)["actor"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            later.run_heads(batch)["reference"], module.run_heads(batch)["actor"], rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("settings", [{"beta": 0.0}, {"label_smoothing": 0.5}, {"label_smoothing": -0.1}])

@@ -486,7 +486,7 @@ REWARD_FUNCTIONS = [
 ]
 
 COMMANDS = [
-    command("no such command", "fitt", "no command 'fitt'", status=2),
+    command("no such command", "fitt", "unknown command 'fitt'", status=2),
     command("fit without anything", "fit", "model", status=2),
     command("missing YAML", "fit -c none.yaml", "none.yaml", status=2),
     command("broken YAML", "fit -c broken.yaml", "broken.yaml", status=2, files={"broken.yaml": "model: [\n"}),

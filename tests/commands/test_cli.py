@@ -259,7 +259,7 @@ def test_help_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["fitt"])
     assert stop.value.code == 2
-    assert "no command 'fitt'" in capsys.readouterr().err
+    assert "unknown command 'fitt'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [[], ["quickstart"], ["generate"], ["export"]], ids=lambda c: "-".join(c) or "all")

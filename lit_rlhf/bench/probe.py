@@ -44,7 +44,7 @@ class WorkCounter(TorchDispatchMode):
         self._hooks: list[RemovableHandle] = []
 
     def start(self, backbone: Backbone) -> None:
-        """Begin to count."""
+        """Start counting."""
         self.running = True
         for trunk in backbone.trunks:
             model = backbone.language_model(trunk).base_model

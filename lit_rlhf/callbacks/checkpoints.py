@@ -1,4 +1,4 @@
-"""When checkpoints are saved, and by what they are written."""
+"""When checkpoints are saved, and what writes them."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ from lit_rlhf.errors import ConfigError
 
 
 class SafeCheckpoints(Callback):
-    """Has every checkpoint written and read by :class:`AtomicCheckpointIO`, unless the trainer has an IO of its own.
+    """Writes and reads every checkpoint by :class:`AtomicCheckpointIO`, unless the trainer has its own CheckpointIO.
 
-    Modules bring it along by ``configure_callbacks``. Sharded strategies write folders, which it leaves alone.
+    Modules add it in ``configure_callbacks``. It leaves alone the folders that sharded strategies write.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Put the checkpoint IO in place.
+        """Install the checkpoint IO.
 
         Raises:
             ValueError: A ModelCheckpoint would save where a run cannot be resumed: inside an RL iteration or a step.
@@ -29,7 +29,7 @@ class SafeCheckpoints(Callback):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell each ModelCheckpoint that a resumed run's step is saved; Lightning lets it be saved a batch later."""
+        """Mark a resumed run's step as saved; Lightning would save it again one batch later."""
         for callback in model_checkpoints(trainer):
             callback._last_global_step_saved = trainer.global_step
 
@@ -37,24 +37,24 @@ class SafeCheckpoints(Callback):
         """Refuse to save between the batches of one optimizer step.
 
         Raises:
-            ValueError: A supervised stage is trained, and a step is under way; a checkpoint holds no gradients.
+            ValueError: A supervised stage is trained, and a step is incomplete; a checkpoint holds no gradients.
         """
         if hasattr(pl_module, "rollout_buffer"):  # saved at iterations' ends only, some of which cut a step short
             return
         if (trainer.training or trainer.validating) and trainer.fit_loop._should_accumulate():
             raise ConfigError(
                 f"a checkpoint would be saved between the {trainer.accumulate_grad_batches} batches of one optimizer "
-                "step (accumulate_grad_batches), whose gradients it does not hold. If validation saves it, let "
-                "val_check_interval be a multiple of them"
+                "step (accumulate_grad_batches), whose gradients it does not hold. If validation triggers "
+                "it, make val_check_interval a multiple of that number"
             )
 
 
 class SaveAtEpochEnd(Checkpoint):
-    """Puts a checkpoint that is due by steps or by time at an epoch's last batch off to the end of the epoch.
+    """Postpones a checkpoint that is due, by steps or by time, at an epoch's last batch to the end of the epoch.
 
-    Resumed from the last batch, Lightning goes on with the next epoch, leaves out this one's validation, and counts
-    epochs wrongly when that run is resumed again. The end of a run is saved as if it were due, since later stages read
-    it.
+    When resumed from the last batch, Lightning continues with the next epoch, skips this one's validation, and
+    miscounts epochs when that run is resumed again. The end of a run is saved as if a checkpoint were due, since later
+    stages start from it.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class SaveAtEpochEnd(Checkpoint):
         self._due: list[ModelCheckpoint] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Hold back the checkpoints of the last batch: all hooks of its start come before those of its end."""
+        """Suppress the checkpoints of the last batch: all start hooks run before the end hooks."""
         if not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
             return
         for callback in model_checkpoints(trainer):
@@ -73,7 +73,7 @@ class SaveAtEpochEnd(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Let go of them, and note which would have saved; this hook comes behind theirs."""
+        """Release them, and note which would have saved; this hook runs after theirs."""
         for callback, checked in self._held:
             del callback._should_skip_saving_checkpoint
             steps = callback._every_n_train_steps
@@ -103,8 +103,8 @@ def _check_when(callback: ModelCheckpoint, accumulated: int) -> None:
     if callback.save_on_exception:
         raise ConfigError(
             "ModelCheckpoint(save_on_exception=True) would save inside a step or an RL iteration, where a run cannot "
-            "be resumed exactly. Leave it out: SIGTERM saves what is complete, and every_n_train_steps (of supervised "
-            "stages) or every_n_epochs limit what another end can cost"
+            "be resumed exactly. Remove it: SIGTERM saves what is complete, and every_n_train_steps (supervised "
+            "stages) or every_n_epochs limit what other failures can cost"
         )
     if callback._train_time_interval is not None and accumulated > 1:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The guard against numbers that are not finite: in the loss, the gradient and the weights."""
+"""The guard against non-finite numbers in the loss, the gradient and the weights."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 from lit_rlhf.rollout.non_finite import (
     bad_columns,
     bad_rows,
+    describe_parameters,
+    describe_samples,
     only_bad,
     place,
     raise_non_finite,
-    say_parameters,
-    say_samples,
 )
 from lit_rlhf.rollout.policy import has_backbone
 from lit_rlhf.strategies.ranks import any_rank, join_texts, local_shard
@@ -25,26 +25,26 @@ from lit_rlhf.strategies.ranks import any_rank, join_texts, local_shard
 OnNonFinite = Literal["raise", "skip_step"]
 SKIPS_IN_A_ROW = 100
 
-# What a role's forward pass gives, by the name in a message.
+# What a role's forward pass returns, as messages name it.
 OUTPUTS = {"actor": "log-probs", "reference": "log-probs of the reference", "critic": "values", "reward": "reward"}
 
 
 class NumericalGuard(Callback):
-    """Stops a run at the first NaN or infinity, or leaves that optimizer step out.
+    """Stops a run at the first NaN or infinity, or skips that optimizer step.
 
-    It looks at each loss and, before the optimizer's step, the gradient; at the trained weights after each iteration,
-    so that no checkpoint holds broken ones. Rollouts are checked where they are collected
-    (:func:`lit_rlhf.rollout.non_finite.check_rollout`). All ranks decide together. Costs one pass over the gradients
-    and one number read from the device (with several ranks: all-reduced) an optimizer step; with accumulation, its
+    It checks each loss and, before the optimizer step, the gradient; after each iteration also the trained weights, so
+    that no checkpoint holds broken ones. Rollouts are checked where they are collected
+    (:func:`lit_rlhf.rollout.non_finite.check_rollout`). All ranks decide together. Each optimizer step costs one pass
+    over the gradients and one number copied from the device (all-reduced, with several ranks); with accumulation, its
     minibatches are kept until the step.
 
-    A step left out changes neither weights nor optimizer state; learning-rate schedules and step counts go on. A
-    rollout that is not finite leaves out every step of its iteration, and updates neither the KL controller nor reward
-    statistics. Under ``16-mixed`` precision the gradient is the loss scaler's business.
+    A skipped step changes neither weights nor optimizer state; learning-rate schedules and step counts continue. A
+    non-finite rollout skips every step of its iteration, and updates neither the KL controller nor reward statistics.
+    Under ``16-mixed`` precision the loss scaler handles the gradient.
 
     Args:
         on_non_finite: ``raise`` or ``skip_step``, which logs ``train/skipped_steps``, and stops when the trained
-            weights are not finite or 100 steps in a row had to be left out.
+            weights are not finite or 100 steps in a row were skipped.
     """
 
     def __init__(self, on_non_finite: OnNonFinite = "raise") -> None:
@@ -54,10 +54,10 @@ class NumericalGuard(Callback):
         self._losses: list[Tensor] = []
         self._skipped = 0
         self._skipped_in_a_row = 0
-        self._told_in = -1
+        self._warned_in = -1
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count."""
+        """Reset the counts."""
         self._window, self._losses = [], []
         self._skipped = 0
 
@@ -70,16 +70,16 @@ class NumericalGuard(Callback):
         self._losses.append(loss.detach().float())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Look at the losses and the gradient; all ranks raise, all ranks leave the step out, or none does."""
+        """Check the losses and the gradient; all ranks raise, all ranks skip the step, or none does."""
         window, losses = self._window, self._losses
         self._window, self._losses = [], []
-        if any(getattr(batch, "left_out", False) for _, batch in window):  # the collector has said so
-            self._give_up_in_the_end(pl_module, "scoring", None)
+        if any(getattr(batch, "left_out", False) for _, batch in window):  # found by the collector
+            self._stop_after_too_many(pl_module, "scoring", None)
         else:
-            # A loss scaler, where there is one, looks after the gradient.
+            # A loss scaler, where there is one, handles the gradient.
             scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
             gradients = [] if scaled else [local_shard(p.grad) for p in _parameters(optimizer) if p.grad is not None]
-            # The norm of finite numbers can overflow; only then the slower largest number is asked for.
+            # The 2-norm of finite numbers can overflow; only then is the slower max-norm computed.
             for norm in (2.0, float("inf")):
                 finite = _all_finite(losses, gradients, norm, pl_module.device)
                 if not any_rank(pl_module, ~finite):
@@ -87,7 +87,7 @@ class NumericalGuard(Callback):
                     return
             number = f", minibatch {window[-1][0] + 1} of {trainer.num_training_batches}" if window else ""
             bad_loss = not all(loss.isfinite() for loss in losses)
-            # DDP spreads one rank's gradient over all: only the ranks whose own loss shows it have samples to name.
+            # DDP averages gradients over ranks: only the ranks whose own loss is not finite have samples to name.
             any_bad_loss = any_rank(pl_module, torch.tensor(bad_loss, device=pl_module.device))
             names = not finite and (bad_loss or not any_bad_loss)
             found = _explain(pl_module, optimizer, window, losses) if names else None
@@ -100,28 +100,28 @@ class NumericalGuard(Callback):
         self._skipped_in_a_row += 1
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the steps left out; look at the weights before a checkpoint is made of them."""
+        """Log the skipped steps; check the weights before a checkpoint is made of them."""
         if self.on_non_finite == "skip_step":
             pl_module.log("train/skipped_steps", float(self._skipped))
         weights = _named_weights(pl_module, trainer.optimizers)
         largest = _total_norm(list(weights.values()), float("inf"), pl_module.device)
         if any_rank(pl_module, ~largest.isfinite()):
-            found = say_parameters(weights, "trained weights")
+            found = describe_parameters(weights, "trained weights")
             raise_non_finite(pl_module, "the weights after the last step", found)
 
     def _decide(self, module: LightningModule, where: str, found: str | None) -> None:
-        """Raise on every rank, or say once an iteration that a step is left out."""
+        """Raise on every rank, or warn once per iteration that a step is skipped."""
         if self.on_non_finite == "raise":
             raise_non_finite(module, where, found)
-        self._give_up_in_the_end(module, where, found)
-        if self._told_in != module.current_epoch:
-            self._told_in = module.current_epoch
+        self._stop_after_too_many(module, where, found)
+        if self._warned_in != module.current_epoch:
+            self._warned_in = module.current_epoch
             found = join_texts(module, found)
-            rank_zero_warn(f"{place(module)}, {where}: {found}\n  this optimizer step is left out (on_non_finite)")
+            rank_zero_warn(f"{place(module)}, {where}: {found}\n  this optimizer step is skipped (on_non_finite)")
 
-    def _give_up_in_the_end(self, module: LightningModule, where: str, found: str | None) -> None:
+    def _stop_after_too_many(self, module: LightningModule, where: str, found: str | None) -> None:
         if self._skipped_in_a_row >= SKIPS_IN_A_ROW:
-            many = f"{self._skipped_in_a_row} steps in a row had to be left out"
+            many = f"{self._skipped_in_a_row} steps in a row were skipped"
             raise_non_finite(module, where, f"{found or ''}\n  {many}")
 
 
@@ -142,7 +142,7 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _named_weights(module: LightningModule, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    """Return the trained tensors by name, as the optimizers hold them: ``requires_grad`` flips with the LoRA set."""
+    """Return the trained tensors by name, as the optimizers hold them; ``requires_grad`` changes with the adapter."""
     trained = {id(parameter) for optimizer in optimizers for parameter in _parameters(optimizer)}
     return {name: local_shard(p.detach()) for name, p in module.named_parameters() if id(p) in trained}
 
@@ -159,11 +159,11 @@ def _explain(
     trained = _named_weights(module, [optimizer])
     gradients = {n: local_shard(p.grad) for n, p in module.named_parameters() if n in trained and p.grad is not None}
     weights = {name: local_shard(p.detach()) for name, p in module.named_parameters()}
-    lines = [say_parameters(gradients, "gradients"), say_parameters(weights, "weights before the step")]
+    lines = [describe_parameters(gradients, "gradients"), describe_parameters(weights, "weights before the step")]
     if not parts:
         parts.append("the loss is finite, its gradient is not")
     suspects = [window[index] for index in bad_losses if index < len(window)] or window
-    lines += [_say_batch(module, batch) for _, batch in suspects[:1]]
+    lines += [_describe_batch(module, batch) for _, batch in suspects[:1]]
     return "\n".join([", ".join(parts), *(line for line in lines if line)])
 
 
@@ -172,31 +172,31 @@ def _fields(batch: object) -> Mapping[str, Any]:
     return batch if isinstance(batch, Mapping) else getattr(batch, "__dict__", {})
 
 
-def _say_batch(module: LightningModule, batch: object) -> str:
+def _describe_batch(module: LightningModule, batch: object) -> str:
     """Return the samples of a minibatch whose numbers are not finite, or its first ones where none is to blame."""
     fields = _fields(batch)
     if not all(isinstance(fields.get(name), Tensor) for name in ("tokens", "attention_mask", "mask")):
-        return ""  # a batch of a module of the user's own
+        return ""  # a batch of a user's own module
     try:
         rows = bad_columns(fields)
         # Other ranks may have nothing to explain.
         if not has_backbone(module).backbone.in_step:
             rows |= _bad_outputs(module, batch)
-        return say_samples(rows, _texts(module, batch))
+        return describe_samples(rows, _texts(module, batch))
     except Exception as error:  # the first error matters more than this one
         return f"  (its samples could not be read: {type(error).__name__}: {error})"
 
 
 def _bad_outputs(module: LightningModule, batch: object) -> dict[str, Tensor]:
-    """Run the minibatch once more, and return the samples for which a role gives a number that is not finite."""
+    """Run the minibatch again, and return the samples for which a role's output is not finite."""
     fields = _fields(batch)
     skipped = () if isinstance(batch, Mapping) else ("reference", "reward")
     backbone = has_backbone(module).backbone
     roles = tuple(role for role in backbone.layout.roles if role not in skipped)
     tokens, attention_mask, mask = (fields[name] for name in ("tokens", "attention_mask", "mask"))
     with torch.no_grad(), module.trainer.precision_plugin.forward_context():
-        read = backbone(roles, tokens, attention_mask, mask)
-    return only_bad({OUTPUTS.get(role, role): bad_rows(value, mask) for role, value in read.items()})
+        outputs = backbone(roles, tokens, attention_mask, mask)
+    return only_bad({OUTPUTS.get(role, role): bad_rows(value, mask) for role, value in outputs.items()})
 
 
 def _texts(module: LightningModule, batch: object) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Memory by phase: peaks in every logger, when cached memory is given back, and what to change when it ran out."""
+"""Memory by phase: peaks in every logger, when cached memory is released, and what to change when memory runs out."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ BOUNDARIES: dict[str, tuple[str, ...]] = {
 
 
 class MemoryPhases(PhaseListener):
-    """Logs ``memory/<phase>/...`` in GiB: the largest of all ranks.
+    """Logs ``memory/<phase>/...`` in GiB, the maximum over all ranks.
 
     On CUDA ``allocated``, ``reserved`` and ``fragmentation`` (reserved minus allocated when reserved memory peaked;
     without ``snapshot`` a lower bound, ``fragmentation_at_least``); elsewhere ``resident``. When memory runs out, the
@@ -67,20 +67,20 @@ class MemoryPhases(PhaseListener):
             record_history(False)
 
     def _close(self) -> None:
-        """Count what was measured since the last boundary for the phase that runs."""
+        """Add what was measured since the last boundary to the running phase."""
         if self._running and self.meter is not None:
             name = self._running[-1]
             self.peaks[name] = merge_peaks(self.peaks.get(name, {}), self.meter.read())
 
     def on_phase_start(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
-        """Begin the phase's stretch; one inside another phase interrupts it."""
+        """Begin to measure the phase; a nested phase interrupts the outer one."""
         self._close()
         self._running.append(phase)
         if self.meter is not None:
             self.meter.reset()
 
     def on_phase_end(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
-        """End the phase's stretch, and empty the cache if this is such a boundary."""
+        """Stop measuring the phase, and empty the cache at the chosen boundaries."""
         self._close()
         self._running.remove(phase)
         error = sys.exc_info()[1]
@@ -92,13 +92,13 @@ class MemoryPhases(PhaseListener):
             self.meter.reset()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the iteration's peaks; the training phase may still run, if this callback stands before its end."""
+        """Log the iteration's peaks; the training phase still runs if the callback that ends it comes later."""
         self._close()
         if self.meter is not None:
             self.meter.reset()
         for name, peaks in self.peaks.items():
             for kind, size in peaks.items():
-                # Not by sync_dist, which the first rank's progress bar would ask for before the other ranks do.
+                # Not by sync_dist: the first rank's progress bar would reduce before the other ranks do.
                 largest = trainer.strategy.reduce(torch.tensor(float(size), device=pl_module.device), reduce_op="max")
                 pl_module.log(f"memory/{name}/{kind}", largest / 2**30)
         self.peaks = {}
@@ -122,7 +122,7 @@ class MemoryPhases(PhaseListener):
 
 
 def record_history(on: bool) -> None:
-    """Switch the recording of the CUDA allocator's events."""
+    """Turn the recording of CUDA allocator events on or off."""
     torch.cuda.memory._record_memory_history(enabled="all" if on else None, stacks="python", max_entries=HISTORY)
 
 
@@ -137,7 +137,7 @@ def dump_snapshot(folder: Path, name: str, rank: int) -> Path:
 
 
 def is_out_of_memory(exception: BaseException) -> bool:
-    """Say whether memory ran out, on a device or on the host."""
+    """Return whether memory ran out, on a device or on the host."""
     if isinstance(exception, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(exception, RuntimeError) and "DefaultCPUAllocator" in str(exception)
@@ -146,7 +146,7 @@ def is_out_of_memory(exception: BaseException) -> bool:
 def explain(
     phase: str, peaks: Mapping[str, int], held: Mapping[str, int], settings: object, empty_cache: str = "never"
 ) -> str:
-    """Say which phase ran out of memory, what held it, and what to change, in that order.
+    """Return which phase ran out of memory, what held it, and what to change, in that order.
 
     Args:
         phase: The phase.
@@ -170,7 +170,7 @@ def explain(
 def advice(
     phase: str, peaks: Mapping[str, int], rows: Mapping[str, int], settings: object, empty_cache: str
 ) -> list[str]:
-    """Return the changes that would lower this phase's peak, those that cost least first."""
+    """Return the changes that would lower this phase's peak, the cheapest first."""
 
     def now(name: str) -> str:
         return f" (now {getattr(settings, name)})" if hasattr(settings, name) else ""

@@ -17,16 +17,16 @@ from lit_rlhf.strategies.ranks import is_shard
 class OffloadOptimizerState(PhaseListener):
     """Keeps the optimizer's moments in the host's memory during generation and scoring.
 
-    It pays where whole trunks are trained (layout ``full``): AdamW's moments then take twice the weights' bytes, room
-    for a larger rollout. A LoRA set's moments are small; moving them saves nothing. Costs two copies of the state an
-    iteration. Numbers do not change. Not for sharded optimizers (FSDP2). It has not been measured on a GPU yet.
+    It pays off where whole trunks are trained (layout ``full``): AdamW's moments then take twice the weights' bytes,
+    room for a larger rollout. An adapter's moments are small; moving them saves little. Costs two copies of the state
+    per iteration. Results do not change. Not for sharded optimizers (FSDP2). Not yet measured on a GPU.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where it is of no use."""
+        """Warn where it has no effect."""
         if pl_module.device.type == "cpu":
             rank_zero_warn(
-                "OffloadOptimizerState does nothing on a CPU: the optimizer's state is in its memory already"
+                "OffloadOptimizerState has no effect on a CPU: the optimizer's state is in its memory already"
             )
 
     def on_phase_start(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:

@@ -18,11 +18,11 @@ class TrainingPhase(Callback):
         self._stack = ExitStack()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the phase; stands behind the rollout buffer in the list of callbacks."""
+        """Begin the phase; this callback comes after the rollout buffer in the list."""
         self._stack.enter_context(phase(pl_module, "training"))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End the phase; stands before the listeners that report it."""
+        """End the phase; this callback comes before the listeners that report it."""
         self._stack.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -33,7 +33,7 @@ class TrainingPhase(Callback):
 class PhaseTimer(PhaseListener):
     """Logs ``time/<phase>`` (seconds of each iteration) and ``time/samples_per_second``.
 
-    A phase inside another (evaluation inside training) stops the outer one's clock.
+    A nested phase (evaluation inside training) pauses the outer one's clock.
     """
 
     def __init__(self) -> None:

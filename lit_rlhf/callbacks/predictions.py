@@ -1,4 +1,4 @@
-"""What ``lit-rlhf predict`` keeps."""
+"""What ``lit-rlhf predict`` writes."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class PredictionWriter(Callback):
-    """Writes each prediction as a line of ``predictions.jsonl`` in the log folder; one file a rank."""
+    """Writes each prediction as a line of ``predictions.jsonl`` in the log folder; one file per rank."""
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the file under a temporary name."""
@@ -22,11 +22,11 @@ class PredictionWriter(Callback):
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: object, batch_idx: int, *_: object
     ) -> None:
-        """Write one line a row."""
+        """Write one line per row."""
         self._file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in outputs)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the complete file its name."""
+        """Rename the complete file."""
         self._file.close()
         os.replace(self._partial, self.path)
         print(f"wrote {self.path}")

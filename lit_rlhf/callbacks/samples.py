@@ -15,7 +15,7 @@ class SampleTable(Callback):
     """Writes the first samples of each rollout: a W&B table, TensorBoard text, or ``samples.jsonl`` beside the CSV.
 
     Args:
-        count: Samples an iteration; 0 writes none.
+        count: Samples per iteration; 0 writes none.
     """
 
     def __init__(self, count: int = 8) -> None:

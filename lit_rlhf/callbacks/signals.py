@@ -1,4 +1,4 @@
-"""SIGTERM, as schedulers send it: the run saves what is complete, stops in order and says how it goes on."""
+"""SIGTERM, as schedulers send it: the run saves what is complete, stops cleanly and says how to resume."""
 
 import signal
 import sys
@@ -24,15 +24,15 @@ FILE_NAME = "sigterm.ckpt"
 
 
 class StopOnSigterm(PhaseListener, Checkpoint):
-    """Stops all ranks at the same place after any of them got SIGTERM; the exit status is 143.
+    """Stops all ranks at the same point once any of them has received SIGTERM; the exit status is 143.
 
-    Subclasses say at which place, and what they save there: ``sigterm.ckpt`` beside the files of the run's first
-    ModelCheckpoint, nothing in runs without one. A checkpoint or a validation that is under way is finished first.
-    Costs nothing on one process, and on several one all-reduced number a minibatch.
+    Subclasses define where, and what is saved there: ``sigterm.ckpt`` beside the files of the run's first
+    ModelCheckpoint, nothing in runs without one. A running checkpoint or validation is finished first. Costs nothing on
+    one process, and on several one all-reduced number per minibatch.
 
-    Lightning's own handler stops each rank where it happens to be, which can leave the others waiting, and between a
-    step and its bookkeeping; it is replaced until training ends. As a ``Checkpoint`` this stands behind all other
-    callbacks, whose state it saves.
+    Lightning's own handler stops each rank wherever it is, possibly between a step and its bookkeeping, which can leave
+    other ranks waiting; it is replaced until training ends. As a ``Checkpoint`` this callback runs after all others,
+    whose state it saves.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class StopOnSigterm(PhaseListener, Checkpoint):
         self._report: str | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signal."""
+        """Install the handler."""
         self._received, self._report = False, None
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._note)
@@ -56,11 +56,11 @@ class StopOnSigterm(PhaseListener, Checkpoint):
             self._before = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the signal back."""
+        """Restore the previous handler."""
         self._restore()
 
-    def is_told(self, trainer: Trainer) -> bool:
-        """Return whether any rank got the signal; all ranks ask together."""
+    def is_requested(self, trainer: Trainer) -> bool:
+        """Return whether any rank has received the signal; every rank calls this."""
         received = self._received or trainer.received_sigterm
         if trainer.world_size > 1:
             flag = torch.tensor(float(received), device=trainer.strategy.root_device)
@@ -80,26 +80,26 @@ class StopOnSigterm(PhaseListener, Checkpoint):
         raise stop
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the signal back, and say where the run stopped."""
+        """Restore the previous handler, and say where the run stopped."""
         self._restore()
         if not isinstance(exception, SIGTERMException):
             return
         _say(f"stopped by SIGTERM {self._report or 'before training'}")
         if trainer.is_global_zero:
-            # Lightning's launcher would kill this process, were the others to end with a status of their own.
+            # On rank 0 only: if another process exited with an error status, Lightning's launcher would kill this one.
             exception.code = EXIT_CODE
 
 
 class StopAfterStep(StopOnSigterm):
-    """Stops a supervised stage after the optimizer step that is under way, and saves it.
+    """Stops a supervised stage after the current optimizer step, and saves it.
 
-    Validation that is due behind it comes first, and the run stops after one step more; at the end of an epoch it
-    stops behind validation, and with what a ModelCheckpoint has just saved, if one has.
+    If validation is due after that step, it runs first and the run stops one step later; at the end of an epoch the run
+    stops after validation, with what a ModelCheckpoint has just saved, if one has.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._put_off = False
+        self._postponed = False
         self._ended: tuple[str | None, str] | None = None
 
     def on_train_batch_end(
@@ -107,21 +107,21 @@ class StopAfterStep(StopOnSigterm):
     ) -> None:
         """Save and stop, but not inside an accumulated step."""
         loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-        if not self.is_told(trainer) or loop._should_accumulate() or loop._is_training_done:
+        if not self.is_requested(trainer) or loop._should_accumulate() or loop._is_training_done:
             return
-        if fetcher is not None and loop._should_check_val_fx(fetcher) and not self._put_off:
-            self._put_off = True
+        if fetcher is not None and loop._should_check_val_fx(fetcher) and not self._postponed:
+            self._postponed = True
             return
-        trainer._logger_connector.update_train_step_metrics()  # Lightning's turn would come behind this hook
+        trainer._logger_connector.update_train_step_metrics()  # Lightning would do so only after this hook
         self.stop(*self._saved(trainer, pl_module))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save."""
-        if not is_last_epoch(trainer) and self.is_told(trainer):
+        if not is_last_epoch(trainer) and self.is_requested(trainer):
             self._ended = self._saved(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop, now that the epoch before has logged its metrics."""
+        """Stop, now that the previous epoch has logged its metrics."""
         if self._ended is not None:
             ended, self._ended = self._ended, None
             self.stop(*ended)
@@ -140,11 +140,11 @@ class StopAfterStep(StopOnSigterm):
 
 
 class StopInIteration(StopOnSigterm):
-    """Stops an on-policy run before the next phase or minibatch, and abandons the iteration that is under way.
+    """Stops an on-policy run before the next phase or minibatch, and abandons the current iteration.
 
-    Runs are resumed at iterations' ends only. Of an iteration that no ModelCheckpoint saves (``every_n_epochs`` above
-    1), the state at its end is kept in host memory until the next one ends: what is trained and the optimizer's state.
-    That costs a copy an iteration, and where a checkpoint gathers shards (FSDP2 without folders, ZeRO-1) the gathering.
+    Runs are resumed only at the ends of iterations. Where no ModelCheckpoint saves an iteration (``every_n_epochs``
+    above 1), its final state (trained weights and optimizer) is kept in host memory until the next one ends. That costs
+    one copy per iteration, and where a checkpoint gathers shards (FSDP2 without folders, ZeRO-1) the gathering.
     """
 
     def __init__(self) -> None:
@@ -158,21 +158,21 @@ class StopInIteration(StopOnSigterm):
             self._kept = _on_host(trainer._checkpoint_connector.dump_checkpoint(False))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the signal back, and the memory."""
+        """Restore the previous handler, and free the memory."""
         super().on_train_end(trainer, pl_module)
         self._kept = None
 
     def on_phase_start(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
-        """Stop before generation, scoring and training; ranks may not validate in step."""
+        """Stop before generation, scoring and training; ranks may validate at different times."""
         if trainer.training and phase != "evaluation":
-            self._stop_if_told(trainer, pl_module)
+            self._stop_if_requested(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Stop before a minibatch."""
-        self._stop_if_told(trainer, pl_module)
+        self._stop_if_requested(trainer, pl_module)
 
-    def _stop_if_told(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.is_told(trainer):
+    def _stop_if_requested(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.is_requested(trainer):
             return
         where = f"in {place(pl_module)}, which is abandoned"
         if self._kept is not None and (path := _path(trainer)):

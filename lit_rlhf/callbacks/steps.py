@@ -1,4 +1,4 @@
-"""Optimizer steps that are left out: the critic's warm-up, and the rest of an iteration past a KL target."""
+"""Skipped updates: the actor's during the critic's warm-up, and the rest of an iteration past a KL target."""
 
 from collections.abc import Mapping
 from typing import Protocol, cast
@@ -11,7 +11,7 @@ from lit_rlhf.strategies.ranks import mean_over_ranks
 
 
 class SkipsMinibatches(Protocol):
-    """An on-policy module, as the KL target sees it."""
+    """What the KL target needs of an on-policy module."""
 
     skip_minibatches: bool
     minibatch_stats: Mapping[str, Tensor]
@@ -21,7 +21,7 @@ class CriticWarmup(Callback):
     """Updates only the critic's own parameters in the first iterations.
 
     Args:
-        iterations: How many.
+        iterations: Number of first iterations.
     """
 
     def __init__(self, iterations: int) -> None:
@@ -35,7 +35,7 @@ class CriticWarmup(Callback):
 
 
 class KLTarget(Callback):
-    """Leaves out the rest of an iteration's minibatches once the policy has moved too far from the one that sampled.
+    """Skips the rest of an iteration's minibatches once the policy has moved too far from the one that sampled.
 
     They cost no forward pass and change neither weights nor optimizer state. Lightning's own way to skip (returning -1
     or None) would drop the epoch's validation, or fail under DDP.
@@ -49,20 +49,20 @@ class KLTarget(Callback):
         self.target = target
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the iteration with every minibatch wanted."""
+        """Begin the iteration with no minibatch skipped."""
         _policy(pl_module).skip_minibatches = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Compare the minibatch's KL with the target; all ranks decide alike."""
+        """Compare the minibatch's KL with the target; all ranks reach the same decision."""
         policy = _policy(pl_module)
         if not policy.skip_minibatches:
             (mean,) = mean_over_ranks(pl_module, {"approx_kl": policy.minibatch_stats["approx_kl"]}).values()
             policy.skip_minibatches = bool(mean > self.target)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Move nothing by minibatches that were left out."""
+        """Leave the parameters as they are after skipped minibatches."""
         if _policy(pl_module).skip_minibatches:
             _drop_gradients(optimizer)
 

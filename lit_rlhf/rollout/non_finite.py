@@ -47,14 +47,14 @@ def check_rollout(module: InTraining, experience: Experience, scored: Scored, sk
     found = None
     if rows:
         samples = list(zip(scored.prompts, scored.responses, strict=True))
-        found = f"not finite: {', '.join(rows)}\n{say_samples(rows, samples)}"
+        found = f"not finite: {', '.join(rows)}\n{describe_samples(rows, samples)}"
     if not any_rank(module, torch.tensor(found is not None, device=module.device)):
         return
     if not skip:
         raise_non_finite(module, "scoring", found)
     experience.left_out = True
     found = join_texts(module, found)
-    rank_zero_warn(f"{place(module)}, scoring: {found}\n  its optimizer steps are left out (on_non_finite)")
+    rank_zero_warn(f"{place(module)}, scoring: {found}\n  its optimizer steps are skipped (on_non_finite)")
 
 
 def raise_non_finite(module: InTraining, where: str, found: str | None) -> NoReturn:
@@ -87,7 +87,7 @@ def explain_sampling(module: InTraining, named_parameters: Iterable[tuple[str, T
     path = None if trainer is None else last_checkpoint(trainer)
     return NonFiniteError(
         f"{place(module)}, generation: the policy's logits are not finite\n"
-        f"{say_parameters(weights, 'weights') or '  all weights are finite: the trunk itself overflows'}\n"
+        f"{describe_parameters(weights, 'weights') or '  all weights are finite: the trunk itself overflows'}\n"
         f"  last good checkpoint: {path or 'none was saved yet'}\n"
         "  Lower the learning rate, or set model.dtype to bfloat16 or float32; then resume from that checkpoint"
     )
@@ -130,7 +130,7 @@ def only_bad(rows: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: flags for (name, flags), keep in zip(rows.items(), kept, strict=True) if keep}
 
 
-def say_parameters(tensors: Mapping[str, Tensor], what: str) -> str:
+def describe_parameters(tensors: Mapping[str, Tensor], what: str) -> str:
     """Return how many of these are not finite, and the names of two; nothing if all are finite."""
     bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if not bad:
@@ -139,7 +139,7 @@ def say_parameters(tensors: Mapping[str, Tensor], what: str) -> str:
     return f"  {len(bad)} of {len(tensors)} {what} are not finite: {named}"
 
 
-def say_samples(rows: Mapping[str, Tensor], samples: Sequence[tuple[str, str]]) -> str:
+def describe_samples(rows: Mapping[str, Tensor], samples: Sequence[tuple[str, str]]) -> str:
     """Return the bad samples as text, or the first ones where no single sample is to blame.
 
     Args:

@@ -1,4 +1,4 @@
-"""Which strategies of the trainer train correctly here, what is refused, and why."""
+"""Which trainer strategies train correctly here, which are refused, and why."""
 
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.strategy import Strategy
@@ -10,8 +10,8 @@ from lit_rlhf.strategies.sharding import data_parallel_mesh
 
 # By the first word of Lightning's registered names.
 REFUSED = {
-    "fsdp": "FSDP1, whose flat parameters cannot hold frozen trunks and LoRA sets that are read through direct calls",
-    "deepspeed": "DeepSpeed, whose engine owns the forward pass, while one step here reads several roles",
+    "fsdp": "FSDP1, whose flat parameters cannot hold frozen trunks and trained adapters that are called directly",
+    "deepspeed": "DeepSpeed, whose engine owns the forward pass, while one step here runs several roles",
 }
 
 
@@ -44,18 +44,18 @@ def check_strategy(strategy: Strategy, quantized: bool = False) -> None:
     if getattr(strategy, "cpu_offload", False):
         if quantized:
             raise StrategyError(
-                "strategy: cpu_offload moves shards to the host's memory, but bitsandbytes' weights work on the GPU "
-                "only. Leave cpu_offload out, or model.quantization (model.dtype: bfloat16 instead)"
+                "strategy: cpu_offload moves shards to host memory, but bitsandbytes' weights only work on the GPU. "
+                "Remove cpu_offload, or set model.dtype: bfloat16 instead of model.quantization"
             )
         if getattr(strategy.precision_plugin, "scaler", None) is not None:
             raise StrategyError(
-                "strategy: cpu_offload and precision 16-mixed exclude each other: the loss scaler would look at "
+                "strategy: cpu_offload and precision 16-mixed cannot be combined: the loss scaler expects "
                 "gradients on the GPU. Use precision bf16-mixed or 32-true"
             )
     if isinstance(strategy, ModelParallelStrategy):
         data_parallel_mesh(strategy.device_mesh)
         if not isinstance(strategy, FSDP2Strategy):
             rank_zero_warn(
-                "ModelParallelStrategy resumes its own checkpoints only (it numbers optimizer state in its own way); "
+                "ModelParallelStrategy resumes only its own checkpoints (it numbers optimizer state differently); "
                 "strategy fsdp2 resumes and writes those of every strategy"
             )

@@ -34,7 +34,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         process_group_backend: None chooses NCCL on GPUs, with Gloo beside it for ``cpu_offload``, else Gloo.
         timeout: Of collective operations.
         cpu_offload: Keep sharded parameters, gradients and optimizer state in the host's memory (ZeRO-3 with CPU
-            offload); the optimizer steps there. A layer's parameters are gathered on the GPU. Never run on a GPU yet.
+            offload); the optimizer steps there. A layer's parameters are gathered on the GPU. Not yet run on a GPU.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.cpu_offload = cpu_offload
 
     def setup_environment(self) -> None:
-        """Lay the mesh over all ranks.
+        """Create the mesh over all ranks.
 
         Raises:
             StrategyError: ``cpu_offload`` on GPUs with a backend that cannot sum over tensors in the host's memory.
@@ -87,14 +87,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.root_device)
-        # What ``module.device`` says: batches, rollouts and logged numbers go there.
+        # Sets ``module.device``, where batches, rollouts and logged numbers go.
         _update_properties(self.model, device=self.root_device)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return the state as an optimizer of a single device has it; on ranks other than 0 without content.
+        """Return the state as on a single device; on ranks other than 0 it is empty.
 
         Lightning's own numbers parameters by their place in the whole model, frozen ones included, which only FSDP2
-        reads rightly.
+        loads correctly.
         """
         if self._save_distributed_checkpoint:
             return super().optimizer_state(optimizer)
@@ -107,10 +107,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         return {"state": whole, "param_groups": saved["param_groups"]} if self.is_global_zero else {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint; what is there under its name is replaced by a renaming, once all of it is on the disk.
+        """Write a checkpoint; an earlier one of that name is replaced by a rename, once all of the new one is on disk.
 
         Raises:
-            CheckpointError: It could not be written; the earlier one is intact. A folder's is raised on all ranks.
+            CheckpointError: It could not be written; the earlier one is intact. For a folder, all ranks raise.
         """
         path, over_folder = self.broadcast((Path(filepath), (Path(filepath) / REST).is_file()))
         if not self._save_distributed_checkpoint or storage_options is not None:
@@ -123,13 +123,15 @@ class FSDP2Strategy(ModelParallelStrategy):
                 put_in_place(beside(path, "partial"), path)
             return
         if "://" in str(filepath):
-            raise CheckpointError(f"checkpoint {filepath}: folders of shards go to disks, not to remote storage")
+            raise CheckpointError(
+                f"checkpoint {filepath}: folders of shards can be written to disks only, not to remote storage"
+            )
         states = checkpoint.pop("optimizer_states", [])
         shards = {"state_dict": checkpoint.pop("state_dict")}
         save_folder(path, shards | {f"optimizer_{index}": state for index, state in enumerate(states)}, checkpoint)
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
-        """Delete a checkpoint; a folder is never half there."""
+        """Delete a checkpoint; a folder is never left half deleted."""
         if not Path(filepath).is_dir():
             super().remove_checkpoint(filepath)
         elif self.is_global_zero:
@@ -170,7 +172,7 @@ def offload_backend(device: str, backend: str | None) -> str | None:
         backend: What the user asked for.
 
     Raises:
-        StrategyError: It has nothing for tensors in the host's memory.
+        StrategyError: It cannot handle tensors in host memory.
     """
     if device == "cpu":
         return backend
@@ -185,7 +187,7 @@ def offload_backend(device: str, backend: str | None) -> str | None:
 def _gathered(value: Any, keep: bool) -> Any:
     """Return the whole of a sharded tensor on the CPU; every rank calls this, those that keep nothing get None."""
     if isinstance(value, DTensor):
-        # Offloaded shards are gathered on the device, as all others.
+        # Offloaded shards are gathered on the device like all others.
         value = value.to(device=value.device_mesh.device_type)
         value = value.full_tensor()
     if not keep:
@@ -194,7 +196,7 @@ def _gathered(value: Any, keep: bool) -> Any:
 
 
 def _like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """Return a tensor sharded as the parameter is and where it is; every rank has the whole and takes its own part."""
+    """Return a tensor sharded and placed as the parameter is; every rank has the whole and takes its own part."""
     if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
         return whole.to(parameter.device)
     whole = whole.to(parameter.device_mesh.device_type)
@@ -205,7 +207,7 @@ def _like(whole: Tensor, parameter: Tensor) -> Tensor:
 def _sharded_state(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
     """Return a saved optimizer state with each tensor sharded as its parameter is.
 
-    As torch's own loading does, it goes by a parameter's place in its group, whatever number the file gives it.
+    Like torch's own loading, it matches parameters by their position in the group, whatever their number in the file.
     """
     parameters = {
         number: parameter

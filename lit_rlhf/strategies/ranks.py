@@ -1,4 +1,4 @@
-"""What the ranks of a run agree on: sums, means, errors. A module without a trainer is alone."""
+"""Sums, means and errors across the ranks of a run. A module without a trainer counts as one rank."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from lit_rlhf.backbone import Backbone
 
 
 class InTraining(Protocol):
-    """A LightningModule, as far as the ranks go."""
+    """What these functions need of a LightningModule."""
 
     @property
     def _trainer(self) -> Trainer | None: ...
@@ -49,8 +49,8 @@ def sum_over_ranks(module: InTraining, tensor: Tensor) -> Tensor:
 def mean_over_ranks(module: InTraining, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return 0-dim values averaged over all ranks, in one reduction; every rank calls this.
 
-    For logging by epoch: ``sync_dist`` averages when a value is first asked for, and the first rank's progress bar
-    asks before the other ranks do.
+    For logging by epoch: ``sync_dist`` averages when a value is first read, and the first rank's progress bar reads it
+    before the other ranks do.
     """
     trainer = trainer_of(module)
     if trainer is None or trainer.world_size == 1:
@@ -71,7 +71,7 @@ def gather_texts(module: InTraining, text: str | None) -> Sequence[str | None]:
     ranks = world_size(module)
     if ranks == 1:
         return [text]
-    # The flag first: pickled objects only travel when there is something to say.
+    # The flag first: objects are pickled and sent only if there is a text.
     if not any_rank(module, torch.tensor(text is not None, device=module.device)):
         return []
     texts: list[str | None] = [None] * ranks
@@ -80,7 +80,7 @@ def gather_texts(module: InTraining, text: str | None) -> Sequence[str | None]:
 
 
 def join_texts(module: InTraining, text: str | None) -> str:
-    """Return what the ranks have to say in one text, those with nothing left out; every rank calls this."""
+    """Return the ranks' texts in one, empty ones left out; every rank calls this."""
     texts = {rank: said for rank, said in enumerate(gather_texts(module, text)) if said}
     if world_size(module) == 1:
         return texts[0]
@@ -108,9 +108,9 @@ def fail_together(module: InTraining) -> Iterator[None]:
 
 
 def only_trainer_may_differentiate(module: HasBackbone) -> bool:
-    """Return whether gradients are right only in the trainer's own backward pass.
+    """Return whether gradients are correct only in the trainer's own backward pass.
 
-    Under FSDP2 that pass reduces the gradients; a loss scaler keeps float16's from vanishing.
+    Under FSDP2 that pass reduces the gradients; a loss scaler keeps float16 gradients from underflowing.
     """
     trainer = trainer_of(module)
     scaler = None if trainer is None else getattr(trainer.precision_plugin, "scaler", None)

@@ -52,7 +52,7 @@ def shard(
     from_first_rank: bool = False,
     cpu_offload: bool = False,
 ) -> None:
-    """Shard every decoder layer, then the root with what is left: embeddings, norms, heads.
+    """Shard every decoder layer, then the root with the rest: embeddings, norms, heads.
 
     Only entry methods may reach the root's own parameters: they gather them first.
 
@@ -60,8 +60,8 @@ def shard(
         root: The module that holds the backbone.
         backbone: Built, and on one device.
         mesh: See :func:`data_parallel_mesh`.
-        entry_methods: Names of the root's methods that read the backbone.
-        reshard_after_forward: False keeps gathered parameters until their backward pass is through.
+        entry_methods: Names of the root's methods that run the backbone.
+        reshard_after_forward: False keeps gathered parameters until their backward pass is done.
         from_first_rank: Take all weights from the first rank, each layer just before it is sharded. The other ranks'
             backbone may be on the meta device: they never hold more than their shards and one layer (or what is in no
             layer).
@@ -80,7 +80,7 @@ def shard(
         for layer in backbone.language_model(name).modules()
         if isinstance(layer, GradientCheckpointingLayer)
     ]
-    # Page-locked memory is there to copy from and to a device.
+    # Page-locked memory speeds up copies from and to a device.
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy()
     for unit in (*layers, root):
         if from_first_rank:
@@ -115,13 +115,13 @@ def shard_module(
 
 
 def class_path(module: nn.Module) -> str:
-    """Return the import path of a module's class; ``fully_shard`` puts a class of its own in front."""
+    """Return the import path of a module's class; ``fully_shard`` puts its own class in front."""
     kind = next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _agree(backbone: Backbone, mesh: DeviceMesh) -> dict[int, torch.dtype]:
-    """Compare the model with the first rank's, and take over what that rank alone has read off the loaded files.
+    """Compare the model with the first rank's, and take over what only that rank has read from files.
 
     Returns:
         Dtypes on the first rank, by the ``id`` of this rank's parameter or buffer.
@@ -133,7 +133,7 @@ def _agree(backbone: Backbone, mesh: DeviceMesh) -> dict[int, torch.dtype]:
     expected, dtypes, backbone.eos_token_ids = sent[0]
     if expected != shapes:
         different = sorted(n for n in expected.keys() | shapes.keys() if expected.get(n) != shapes.get(n))
-        raise RuntimeError(f"rank {mesh.get_local_rank()} built another model than rank 0: {different[:3]} ...")
+        raise RuntimeError(f"rank {mesh.get_local_rank()} built a different model than rank 0: {different[:3]} ...")
     return {id(tensor): dtypes[name] for name, tensor in tensors.items()}
 
 
@@ -145,7 +145,7 @@ def _own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 @torch.no_grad()
 def _receive(unit: nn.Module, pending: dict[int, torch.dtype], mesh: DeviceMesh) -> None:
-    """Put the first rank's weights in place of this rank's; those done are taken off ``pending``."""
+    """Replace this rank's weights by the first rank's; those done are removed from ``pending``."""
     first = mesh.get_local_rank() == 0
     device = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
     received: dict[int, torch.Tensor] = {}

@@ -145,7 +145,7 @@ def test_a_rollout_that_is_not_finite_changes_nothing_and_the_next_one_trains(
     make: Callable[..., Any], prompts: PromptData, tmp_path: Path
 ) -> None:
     module = make(on_non_finite="skip_step", kl=AdaptiveKL(0.1, 1.0, 40.0), reward_scaling="running")
-    with pytest.warns(match="its optimizer steps are left out"):
+    with pytest.warns(match="its optimizer steps are skipped"):
         trainer = fit(module, prompts, tmp_path, epochs=3)
     first, second, third = module.ends
     assert all(torch.equal(second[name], value) for name, value in first.items())

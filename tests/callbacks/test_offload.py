@@ -41,7 +41,7 @@ def test_on_a_cpu_it_says_that_it_does_nothing(hydra_checkpoint: Path, prompts: 
     module = make_ppo(policy_checkpoint=str(hydra_checkpoint))
     trainer = make_trainer(tmp_path, 1)
     trainer.callbacks.append(OffloadOptimizerState())
-    with pytest.warns(UserWarning, match="does nothing on a CPU"):
+    with pytest.warns(UserWarning, match="has no effect on a CPU"):
         trainer.fit(module, prompts)
 
 

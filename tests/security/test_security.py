@@ -80,7 +80,7 @@ def run_commands(
     code = f"from lit_rlhf.cli import main\nfor command in {list(commands)}:\n    main(command)"
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_", "WANDB_"))}
     variables["PYTHONPATH"] = os.pathsep.join([str(folder / "site"), str(ROOT)])
-    variables |= {"CONNECTIONS": str(folder / "connections"), "HF_PACKAGE_OF": str(folder / "hub"), **environment}
+    variables |= {"CONNECTIONS": str(folder / "connections"), "HF_HOME": str(folder / "hub"), **environment}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env=variables, capture_output=True, text=True, timeout=300
     )

@@ -100,7 +100,7 @@ def test_what_cannot_be_offloaded_is_refused_in_one_line() -> None:
     with pytest.raises(StrategyError, match=r"bitsandbytes' weights work on the GPU only\. Leave cpu_offload out"):
         check_strategy(strategy, quantized=True)
     strategy.precision_plugin = MixedPrecision("16-mixed", "cuda", scaler=torch.amp.GradScaler("cpu"))
-    with pytest.raises(StrategyError, match="cpu_offload and precision 16-mixed exclude each other"):
+    with pytest.raises(StrategyError, match="cpu_offload and precision 16-mixed cannot be combined"):
         check_strategy(strategy)
 
 

@@ -1,4 +1,4 @@
-"""Reading checkpoint files: never code; what is said of one that cannot be read, or could not be written."""
+"""Reads checkpoint files without running code; words the errors of files that cannot be read or written."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ def load_file(file: Path, map_location: Any = "cpu", weights_only: bool = True, 
         mmap: Read tensors from the disk when they are used.
 
     Raises:
-        CheckpointError: There is no such file, it is torn or of another kind, or reading it could run code.
+        CheckpointError: There is no such file, it is truncated or of another kind, or reading it could run code.
     """
     if not file.is_file():
         if (file / ".metadata").is_file():
@@ -34,16 +34,16 @@ def load_file(file: Path, map_location: Any = "cpu", weights_only: bool = True, 
         raise CheckpointError(f"checkpoint {file} {kind}; give the .ckpt file that an earlier run wrote")
     content = load_plain(file, map_location, weights_only, mmap)
     if not isinstance(content, dict) or "state_dict" not in content:
-        raise CheckpointError(f"{file} is a file of torch's but no checkpoint of a run: it holds no state_dict")
+        raise CheckpointError(f"{file} is a torch file but not a checkpoint of a run: it holds no state_dict")
     return content
 
 
 def load_plain(file: Path, map_location: Any = "cpu", weights_only: bool = True, mmap: bool = False) -> Any:
-    """Load a file of torch's, whatever it holds; arguments and errors as of :func:`load_file`."""
+    """Load a torch file, whatever it holds; arguments and errors as of :func:`load_file`."""
     if not file.stat().st_size:
         raise CheckpointError(f"checkpoint {file} is empty; use an earlier one")
     try:
-        # torch can map its own archives only; what is wrong with other files shows without.
+        # torch can map only its own archives; loading shows what is wrong with other files.
         mapped = mmap and zipfile.is_zipfile(file)
         return torch.load(file, map_location=map_location, weights_only=weights_only, mmap=mapped)
     except Exception as error:
@@ -51,7 +51,7 @@ def load_plain(file: Path, map_location: Any = "cpu", weights_only: bool = True,
 
 
 def why_not_read(target: Path, error: Exception) -> str:
-    """Return what is said of a file that could not be read."""
+    """Return the message about a file that could not be read."""
     text = str(error)
     if isinstance(error, pickle.UnpicklingError) and (
         found := re.search(r"(?:GLOBAL|Unsupported global:) (\S+)", text)
@@ -63,12 +63,12 @@ def why_not_read(target: Path, error: Exception) -> str:
         )
     if isinstance(error, OSError) and error.errno != errno.EINVAL:
         return f"checkpoint {target} cannot be read: {error.strerror or error}"
-    # What torch says of a torn file is about zip archives and pickles; it stays the cause.
-    return f"checkpoint {target} cannot be read: it is torn (its writing was cut short) or no checkpoint; use another"
+    # torch's message about a truncated file speaks of zip archives and pickles; it stays the cause.
+    return f"checkpoint {target} cannot be read: it is truncated or not a checkpoint; use another one"
 
 
 def sync_folder(folder: Path) -> None:
-    """Put a renaming on the disk, where the system can do that to a folder."""
+    """Flush a rename to disk, where the system can do that for a folder."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -82,19 +82,19 @@ def sync_folder(folder: Path) -> None:
 
 
 def disk_error(error: Exception) -> OSError | None:
-    """Return the error that the disk gave, which torch's own "unexpected pos" may hide; None for other errors."""
+    """Return the system's own error, which torch's "unexpected pos" may hide; None for other errors."""
     return next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), None)
 
 
 def why_not_written(target: Path, error: Exception) -> str:
-    """Return what is said of a checkpoint, a file or a folder, that could not be written; the earlier one is there."""
+    """Return the message about a checkpoint, a file or a folder, that could not be written."""
     try:
         space = f", {shutil.disk_usage(target.parent).free / 1e6:.1f} MB free in {target.parent}"
     except OSError:
         space = ""
     kind = "folder" if target.is_dir() else "file"
     if target.exists():
-        rest = f"The {kind} of that name from before is intact: free some space and resume with --ckpt_path {target}"
+        rest = f"The earlier {kind} of that name is intact: free some space and resume with --ckpt_path {target}"
     else:
         rest = "There is no earlier file of that name. Free some space, or give ModelCheckpoint another dirpath"
     return f"checkpoint {target} could not be written: {getattr(error, 'strerror', None) or error}{space}. {rest}"

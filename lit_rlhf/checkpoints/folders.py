@@ -1,7 +1,7 @@
-"""Checkpoints that are folders of shards: complete or absent, in step on all ranks, and read without running code.
+"""Checkpoints that are folders of shards: complete or absent, consistent across ranks, and read without running code.
 
-A folder is written as ``.NAME.partial`` beside its place and renamed in the end; the one of that name from before is
-``.NAME.previous`` for as long as two renamings take. What is to be deleted is ``.NAME.removed`` first.
+A folder is written as ``.NAME.partial`` beside its place and renamed in the end; between the two renames, the earlier
+one of that name is ``.NAME.previous``. What is deleted is renamed ``.NAME.removed`` first.
 """
 
 import errno
@@ -55,7 +55,7 @@ def save_folder(path: Path, shards: dict[str, Any], rest: dict[str, Any]) -> Non
         rest: Everything else; the first rank writes its own.
 
     Raises:
-        CheckpointError: On all ranks, if one could not write; what was there before is intact.
+        CheckpointError: On all ranks, if one could not write; the earlier checkpoint is intact.
     """
     partial = beside(path, "partial")
     try:
@@ -80,7 +80,7 @@ def load_folder(
         strict: Refuse weights that the model does not have.
 
     Raises:
-        CheckpointError: On all ranks, if one cannot read the folder, or it is torn, foreign or of another model.
+        CheckpointError: On all ranks, if one cannot read the folder, or it is incomplete, foreign or of another model.
     """
     rest = _on_every_rank(path, lambda: read_rest(path), why_not_read)
     weights = {"state_dict": get_model_state_dict(model)}
@@ -95,17 +95,17 @@ def load_folder(
 
 
 def read_rest(path: Path) -> dict[str, Any]:
-    """Return what a folder holds beside its shards, after a look at whether these are all there.
+    """Return what a folder holds besides its shards, after checking that these are complete.
 
     Raises:
-        CheckpointError: The folder is torn or foreign, or reading it could run code.
+        CheckpointError: The folder is incomplete or foreign, or reading it could run code.
     """
     settle(path)
     for name in (INDEX, REST):
         if not (path / name).is_file():
             raise CheckpointError(
-                f"checkpoint {path} is torn or no checkpoint: {name} is missing; give the folder or the .ckpt file "
-                "that an earlier run wrote"
+                f"checkpoint {path} is incomplete or not a checkpoint: {name} is missing; give the folder or the .ckpt "
+                "file that an earlier run wrote"
             )
     sizes: dict[str, int] = {}
     for part in (_read_index(path).storage_data or {}).values():
@@ -113,10 +113,10 @@ def read_rest(path: Path) -> dict[str, Any]:
     for name, size in sizes.items():
         file = path / name
         if Path(name).name != name:
-            raise CheckpointError(f"checkpoint {path} is refused: its shards lie elsewhere, in {name}")
+            raise CheckpointError(f"checkpoint {path} is refused: its shards are outside it, in {name}")
         if not file.is_file() or file.stat().st_size < size:
             how = "cut short" if file.is_file() else "missing"
-            raise CheckpointError(f"checkpoint {path} is torn: {name} is {how}; use an earlier one")
+            raise CheckpointError(f"checkpoint {path} is incomplete: {name} is {how}; use an earlier one")
     rest = load_plain(path / REST)
     if not isinstance(rest, dict):
         raise CheckpointError(f"checkpoint {path} was not written by a run: {REST} holds no dict")
@@ -124,7 +124,7 @@ def read_rest(path: Path) -> dict[str, Any]:
 
 
 def settle(path: Path) -> None:
-    """Put back the earlier checkpoint if a run was killed between its two renamings."""
+    """Restore the earlier checkpoint if a run was killed between its two renames."""
     previous = beside(path, "previous")
     if previous.exists() and not path.exists():
         try:
@@ -135,7 +135,7 @@ def settle(path: Path) -> None:
 
 
 def put_in_place(partial: Path, path: Path) -> None:
-    """Give a file or folder its name; one of that name, file or folder, is removed once the new one is there."""
+    """Give a file or folder its name; an earlier one of that name is removed once the new one is in place."""
     previous = beside(path, "previous")
     try:
         for last in (False, True):
@@ -145,7 +145,7 @@ def put_in_place(partial: Path, path: Path) -> None:
                 partial.rename(path)
                 break
             except OSError as error:
-                # A process that read the checkpoint in between has put the previous one back.
+                # A process that read the checkpoint in between has restored the previous one.
                 if last or error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                     raise
         sync_folder(path.parent)
@@ -155,7 +155,7 @@ def put_in_place(partial: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder such that it is never half there under its name."""
+    """Delete a file or folder so that it is never half deleted under its name."""
     removed = beside(path, "removed")
     _delete(removed)
     try:
@@ -209,7 +209,7 @@ def _on_first_rank(path: Path, work: Callable[[], None]) -> None:
 def _on_every_rank(
     path: Path, work: Callable[[], Result], say: Callable[[Path, Exception], str] = why_not_written
 ) -> Result:
-    """Do something on every rank, and go on when all are through; ``say`` words an error of the disk's.
+    """Do something on every rank, and continue when all are done; ``say`` words a system error.
 
     Raises:
         CheckpointError: On all ranks, if it failed on one.
@@ -254,18 +254,20 @@ def _read_shards(path: Path, state: dict[str, Any]) -> None:
         if isinstance(cause, CheckpointError):
             raise cause from None
         text = (str(cause).splitlines() or [type(cause).__name__])[0]
-        raise CheckpointError(f"checkpoint {path} is damaged or of another model than this run's: {text}") from cause
+        raise CheckpointError(
+            f"checkpoint {path} is damaged or belongs to another model than this run's: {text}"
+        ) from cause
 
 
 def _first_failure(error: CheckpointException) -> Exception:
     _, (cause, _) = min(error.failures.items())
-    if not isinstance(cause, Exception):  # somebody stops the run
+    if not isinstance(cause, Exception):  # the run is being stopped
         raise cause
     return cause
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Writes each file to the disk, and lets through the disk's own error, which does not outlive its way to rank 0."""
+    """Writes each file to disk, and raises the system's own error, which would be lost on its way to rank 0."""
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
         try:
@@ -299,7 +301,7 @@ class _Planner(DefaultLoadPlanner):
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Knows the plain records of which torch makes an index, and nothing else."""
+    """Accepts the plain records that make up torch's index, and nothing else."""
 
     _records: ClassVar[Mapping[tuple[str, str], Any]] = {
         (kind.__module__, kind.__qualname__): kind

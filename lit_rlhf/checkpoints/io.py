@@ -12,7 +12,7 @@ from lit_rlhf.errors import CheckpointError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint under a temporary name in the same folder, to the disk, and only then gives it its own.
+    """Writes a checkpoint under a temporary name in the same folder, flushes it to disk, and only then renames it.
 
     A failed write leaves the earlier file of that name as it was, and nothing beside it. Local files are streamed, so
     that no second copy of the checkpoint is made in memory. Remote paths are left to Lightning, which uploads whole.
@@ -52,7 +52,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint: tensors and plain values, unless ``weights_only`` is False.
 
         Raises:
-            CheckpointError: There is no such file, it is torn or of another kind, or reading it could run code.
+            CheckpointError: There is no such file, it is truncated or of another kind, or reading it could run code.
         """
         target = local_path(path)
         if target is None:

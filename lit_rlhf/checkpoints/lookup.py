@@ -21,7 +21,7 @@ def is_saved(trainer: Trainer) -> bool:
 
 
 def model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
-    """Return the run's ModelCheckpoints; other callbacks of that base do not write by themselves."""
+    """Return the run's ModelCheckpoints; other callbacks of that base do not write on their own."""
     return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
 
 

@@ -1,4 +1,4 @@
-"""The record that every checkpoint carries: by which algorithm it was trained, from what, and what it holds.
+"""The record that every checkpoint carries: which algorithm trained it, from what, and what it holds.
 
 A record is plain data. What its ``spec`` and its ``layout`` mean is the backbone's business; here they are compared.
 """
@@ -51,7 +51,7 @@ def refuse_foreign(
 
     Args:
         checkpoint: The content of the checkpoint.
-        ours: The run's own record; ``trainable_names`` is None as long as no model is built, and then not compared.
+        ours: The run's own record; ``trainable_names`` is None before the model is built, and then not compared.
         path: Where the checkpoint lies, for the message.
         complete_spec: Fills in what older versions did not write into a record's ``spec``.
         describe: Returns a part of a record, given its key and its value, for the message.
@@ -67,7 +67,7 @@ def refuse_foreign(
             raise ConfigError(
                 f"cannot resume: the checkpoint's {key} differs from the configuration's: "
                 f"{describe(key, saved[key])} there, {describe(key, ours[key])} here. "
-                "Set it back, or start anew without --ckpt_path"
+                "Change it back, or start over without --ckpt_path"
             )
     saved_spec = complete_spec(saved["spec"])
     for key, value in ours["spec"].items():

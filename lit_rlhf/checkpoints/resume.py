@@ -1,4 +1,4 @@
-"""Whether a run can be resumed from a checkpoint, as far as that can be told before any weights load."""
+"""Whether a run can be resumed from a checkpoint, as far as can be checked before any weights load."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -6,7 +6,7 @@ from lit_rlhf.rollout.engines import Engine, TransformersEngine
 from lit_rlhf.rollout.experience import Experience, PromptBatch, Sample, UnsetFieldError
 from lit_rlhf.rollout.generation import Request, generate
 from lit_rlhf.rollout.kl_control import AdaptiveKL, FixedKL, KLController
-from lit_rlhf.rollout.length_groups import LengthGroup, length_groups, read_groups
+from lit_rlhf.rollout.length_groups import LengthGroup, length_groups, map_groups
 from lit_rlhf.rollout.phases import PhaseListener, phase
 from lit_rlhf.rollout.rewards import FunctionReward, Reward, RoleReward, Scored, WeightedReward
 from lit_rlhf.rollout.sampling import Sampling
@@ -39,6 +39,6 @@ __all__ = [
     "WeightedReward",
     "generate",
     "length_groups",
+    "map_groups",
     "phase",
-    "read_groups",
 ]

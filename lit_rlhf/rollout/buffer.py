@@ -157,7 +157,7 @@ class RolloutBuffer(Callback):
             module: The on-policy module.
 
         Returns:
-            One line a problem.
+            One line per problem.
         """
         counts = ("rollout_size", "samples_per_prompt", "minibatch_size", "inner_epochs")
         found = [f"{n} must be positive, got {getattr(self, n)}" for n in counts if getattr(self, n) < 1]
@@ -185,7 +185,7 @@ class RolloutBuffer(Callback):
         needed = self.num_prompts * trainer.world_size
         if data.num_prompts < needed:
             found.append(
-                f"rollout_size {self.rollout_size} with {self.samples_per_prompt} response(s) a prompt on "
+                f"rollout_size {self.rollout_size} with {self.samples_per_prompt} response(s) per prompt on "
                 f"{trainer.world_size} rank(s) needs at least {needed} training prompts; the data has "
                 f"{data.num_prompts} (after holding out validation_size). Lower rollout_size or validation_size, or "
                 "add prompts"
@@ -193,11 +193,11 @@ class RolloutBuffer(Callback):
         return found
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Learn how many prompts there are, and on how many ranks; :meth:`problems` says what does not fit."""
+        """Read the numbers of prompts and ranks; :meth:`problems` returns what does not fit."""
         if stage != "fit":
             return
         for callback in model_checkpoints(trainer):
-            # Lightning's own guess saves after validation, inside the epoch, when validation is not run every epoch.
+            # Lightning's default saves after validation, inside the epoch, when validation is not run every epoch.
             if callback._save_on_train_epoch_end is None:
                 callback._save_on_train_epoch_end = True
         data = prompt_data(trainer)
@@ -212,7 +212,7 @@ class RolloutBuffer(Callback):
         )
 
     def prompt_indices(self, iteration: int) -> list[int]:
-        """Return this rank's prompts of an iteration: consecutive stretches of a fresh shuffle per pass."""
+        """Return this rank's prompts of an iteration: consecutive slices of a fresh shuffle per pass."""
         assert self._sampler is not None
         per_pass = len(self._sampler) // self.num_prompts
         self._sampler.set_epoch(iteration // per_pass)
@@ -246,7 +246,7 @@ class RolloutBuffer(Callback):
         self._counts = self._count_tokens(trainer)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Free the pass that was recorded for this loss, where the loss did not ask for it."""
+        """Free the forward pass that was recorded for this loss, where the loss did not use it."""
         as_policy(pl_module).backbone.forget()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -261,7 +261,7 @@ class RolloutBuffer(Callback):
         checkpoint["controllers"] = {"kl": policy.kl.state_dict(), "reward_scaler": policy.reward_scaler.state_dict()}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take over their state."""
+        """Restore their state."""
         policy = as_policy(pl_module)
         policy.kl.load_state_dict(checkpoint["controllers"]["kl"])
         policy.reward_scaler.load_state_dict(checkpoint["controllers"]["reward_scaler"])
@@ -283,7 +283,7 @@ class RolloutBuffer(Callback):
         return self.minibatch_size * self._accumulated * self._ranks
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the base seed of the interrupted run.
+        """Restore the base seed of the interrupted run.
 
         Raises:
             ValueError: The responses of an iteration (of all ranks) or the prompts to choose from changed: the
@@ -298,9 +298,9 @@ class RolloutBuffer(Callback):
         self._check_rollout_size(int(state_dict["rollout_size"]), int(state_dict.get("ranks", self._ranks)))
         if (before := state_dict.get("step_size", self._step_size)) != self._step_size:
             rank_zero_warn(
-                f"resuming with {self._step_size} responses an optimizer step, where the checkpoint's run took "
+                f"resuming with {self._step_size} responses per optimizer step, where the checkpoint's run took "
                 f"{before}: minibatch_size {self.minibatch_size} * accumulate_grad_batches {self._accumulated} * "
-                f"{self._ranks} rank(s). Adapt one of them, unless other steps are what you want"
+                f"{self._ranks} rank(s). Change one of them, unless the new step size is intended"
             )
         self._sampler.seed = self.seed
 
@@ -313,7 +313,7 @@ class RolloutBuffer(Callback):
         fits = total % (self._ranks * self.samples_per_prompt) == 0
         advice = f"Set rollout_size to {total // self._ranks}" if fits else "Choose a number of ranks that divides it"
         raise ConfigError(
-            f"cannot resume: the checkpoint's run sampled {total} responses an iteration (rollout_size {before} on "
+            f"cannot resume: the checkpoint's run sampled {total} responses per iteration (rollout_size {before} on "
             f"{ranks} rank(s)), this one would sample {self.rollout_size * self._ranks} (rollout_size "
             f"{self.rollout_size} on {self._ranks}). {advice}: then every iteration draws the same prompts"
         )

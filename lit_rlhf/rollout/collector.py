@@ -8,7 +8,7 @@ from torch import Tensor
 from lit_rlhf.functional import kl_estimate, masked_sum
 from lit_rlhf.rollout.engines import Engine
 from lit_rlhf.rollout.experience import Experience, PromptBatch, Sample
-from lit_rlhf.rollout.length_groups import join, read_groups
+from lit_rlhf.rollout.length_groups import join, map_groups
 from lit_rlhf.rollout.non_finite import check_rollout, explain_sampling
 from lit_rlhf.rollout.phases import phase
 from lit_rlhf.rollout.policy import Policy
@@ -24,7 +24,7 @@ class Collector:
     Args:
         engine: What samples responses.
         sampling: How.
-        reward: What rates them.
+        reward: What scores them.
         batch_size: Responses sampled and scored at once.
         group_size: Score responses of similar length together, this many at once, without the padding they share; None
             scores them as they come.
@@ -32,7 +32,7 @@ class Collector:
         sampling_agrees: Whether decoding and a forward pass over the response compute the same log-probs, as far as
             the model's dtype goes.
         trained_as_one: The rollout is a single minibatch in a single inner epoch.
-        skip_non_finite: Leave a rollout out that holds a number that is not finite, rather than raise.
+        skip_non_finite: Skip a rollout that holds a number that is not finite, rather than raise.
     """
 
     engine: Engine
@@ -47,7 +47,7 @@ class Collector:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The roles that rating a response reads."""
+        """The roles that scoring a response needs."""
         return ("reward",) if self.reward.needs_reward_role else ()
 
     def problems(self) -> list[str]:
@@ -92,7 +92,7 @@ class Collector:
         try:
             return policy.sample(prompts)
         except RuntimeError as error:
-            if "probability tensor" not in str(error):  # ours and torch's words for logits that are not finite
+            if "probability tensor" not in str(error):  # our and torch's wording for logits that are not finite
                 raise
             raise explain_sampling(policy, policy.backbone.named_parameters(prefix="backbone")) from error
 
@@ -128,20 +128,22 @@ class Collector:
         One forward pass per (trunk, adapter). Greedy responses get their scores only. Returns what was scored.
         """
         known = {"actor": hasattr(experience, "log_probs"), "critic": hasattr(experience, "values")}
-        read = self._read(policy, tuple(r for r in policy.backbone.layout.roles if not known.get(r)), experience)
-        if "actor" in read:
-            experience.log_probs = read["actor"]
-        experience.ref_log_probs = read["reference"]
-        if "critic" in read:
-            experience.values = read["critic"]
+        outputs = self._run_roles(
+            policy, tuple(r for r in policy.backbone.layout.roles if not known.get(r)), experience
+        )
+        if "actor" in outputs:
+            experience.log_probs = outputs["actor"]
+        experience.ref_log_probs = outputs["reference"]
+        if "critic" in outputs:
+            experience.values = outputs["critic"]
         if hasattr(experience, "greedy"):
             greedy = experience.greedy
-            rated = self._read(policy, ("reward",), greedy) if self.reward.needs_reward_role else {}
+            rated = self._run_roles(policy, ("reward",), greedy) if self.reward.needs_reward_role else {}
             self._rate(policy, greedy, prompts, rated.get("reward"))
-        return self._rate(policy, experience, prompts, read.get("reward"))
+        return self._rate(policy, experience, prompts, outputs.get("reward"))
 
     def _record_first_pass(self, policy: Policy, experience: Experience) -> None:
-        """Run the loss's first forward pass now, and keep it, where it reads the very batch that is scored."""
+        """Run the loss's first forward pass now, and keep it, where the loss uses the very batch that is scored."""
         policy.backbone.forget()
         roles = policy.loss_passes()[0]
         fields = {"actor": "log_probs", "critic": "values"}
@@ -154,13 +156,13 @@ class Collector:
             if role in fields and not hasattr(experience, fields[role]):
                 setattr(experience, fields[role], output)
 
-    def _read(self, policy: Policy, roles: tuple[str, ...], experience: Experience) -> dict[str, Tensor]:
-        def read(part: Experience) -> dict[str, Tensor]:
+    def _run_roles(self, policy: Policy, roles: tuple[str, ...], experience: Experience) -> dict[str, Tensor]:
+        def run(part: Experience) -> dict[str, Tensor]:
             return policy.backbone(roles, *part.inputs)
 
         if self.group_size is not None:
-            return read_groups(read, experience, self.group_size)
-        return join([read(chunk) for chunk in experience.split(self.batch_size)])
+            return map_groups(run, experience, self.group_size)
+        return join([run(chunk) for chunk in experience.split(self.batch_size)])
 
     def _rate(self, policy: Policy, experience: Experience, prompts: PromptBatch, role_scores: Tensor | None) -> Scored:
         copies = len(experience) // len(prompts["prompts"])

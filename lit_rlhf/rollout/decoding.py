@@ -20,7 +20,7 @@ CHECK_EVERY_ELSEWHERE = 8
 
 
 class DynamicDecoder:
-    """Reads prompts and then one token of each row at a time; the KV cache grows, and rows can be dropped from it."""
+    """Runs prompts and then one token of each row at a time; the KV cache grows, and rows can be dropped from it."""
 
     can_shrink = True
     _cache: Cache | None = None
@@ -28,23 +28,23 @@ class DynamicDecoder:
     def start(
         self, model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor, copies: int, new_tokens: int
     ) -> Tensor | None:
-        """Read the prompts, each once for all its copies.
+        """Run the prompts, each once for all its copies.
 
         Args:
             model: The language model.
             tokens: ``[N, P]`` long, left-padded.
             attention_mask: ``[N, P]`` bool, True = token counts.
-            copies: Rows of each prompt; they stand together.
+            copies: Rows of each prompt; they are adjacent.
             new_tokens: The most tokens that will follow.
 
         Returns:
-            ``[N * copies, V]`` logits of the first new token; None where the model keeps other states than keys and
+            ``[N * copies, V]`` logits of the first new token; None where the model keeps other state than keys and
             values, as recurrent ones do.
         """
         self._model = model
         self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
         mask = attention_mask.long()
-        logits = self._read_prompts(tokens, mask, copies, new_tokens)
+        logits = self._run_prompts(tokens, mask, copies, new_tokens)
         if logits is None:
             return None
         self._length = tokens.shape[1]
@@ -53,7 +53,7 @@ class DynamicDecoder:
         self._mask = torch.cat([mask, mask.new_ones(len(mask), new_tokens)], dim=1)
         return logits.repeat_interleave(copies, dim=0)
 
-    def _read_prompts(self, tokens: Tensor, mask: Tensor, copies: int, new_tokens: int) -> Tensor | None:
+    def _run_prompts(self, tokens: Tensor, mask: Tensor, copies: int, new_tokens: int) -> Tensor | None:
         logits, cache = self._prefill(tokens, mask)
         if type(cache) is not DynamicCache or not all(
             type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
@@ -69,13 +69,14 @@ class DynamicDecoder:
         if self._takes_positions:
             inputs["position_ids"] = position_ids(mask)[:, : tokens.shape[1]]
         if "logits_to_keep" in inspect.signature(self._model.forward).parameters:
-            # An index, not a count: a slice of one column is not contiguous, and a CPU then reads the head once a row.
+            # An index, not a count: a slice of one column is not contiguous, and a CPU then loads the head once per
+            # row.
             inputs["logits_to_keep"] = torch.tensor([tokens.shape[1] - 1], device=tokens.device)
         output = self._model(input_ids=tokens, attention_mask=mask, use_cache=True, **inputs)
         return output.logits[:, -1], getattr(output, "past_key_values", None)
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Read ``[A]`` tokens, one a row still decoded; return ``[A, V]`` logits of the next ones."""
+        """Run ``[A]`` tokens, one per row still decoded; return ``[A, V]`` logits of the next ones."""
         inputs = {"position_ids": self._positions} if self._takes_positions else {}
         self._length += 1
         logits = self._forward(
@@ -115,20 +116,20 @@ def decode(
     pad_id: int,
     in_step: bool = False,
 ) -> tuple[Tensor, Tensor] | None:
-    """Choose tokens until every row has ended, or has its most.
+    """Choose tokens until every row has ended or reached the maximum length.
 
     Args:
-        decoder: Reads the model.
+        decoder: Runs the model.
         model: The language model.
         tokens: ``[N, P]`` long, left-padded prompts.
         attention_mask: ``[N, P]`` bool, True = token counts.
-        sampler: Chooses; its B rows are N prompts' copies, those of a prompt together.
+        sampler: Chooses; its B rows are N prompts' copies, those of a prompt adjacent.
         pad_id: Fills responses after their end.
-        in_step: Go on, on all ranks, until the last rank's rows have ended.
+        in_step: Continue, on all ranks, until the last rank's rows have ended.
 
     Returns:
         ``[B, T]`` long responses, padded to the longest, and their float32 log-probs, undefined at the padding. None
-        where the decoder cannot read the model.
+        where the decoder cannot run the model.
     """
     count, max_new_tokens = sampler.uniforms.shape
     logits = decoder.start(model, tokens, attention_mask, count // len(tokens), max_new_tokens)
@@ -156,14 +157,14 @@ def decode(
                 index = (~ended).nonzero()[:, 0]
                 decoder.keep(index)
                 rows, tokens, ended = rows[index], tokens[index], ended[index]
-        logits = decoder.step(tokens)  # noqa: F841 (read above)
+        logits = decoder.step(tokens)  # noqa: F841 (used above)
     sampler.check()
     longest = _longest(responses, eos)
     return responses[:, :longest], log_probs[:, :longest]
 
 
 def _anywhere(going_on: bool, in_step: bool, device: torch.device) -> bool:
-    """Say whether this rank goes on, or ``in_step`` any rank."""
+    """Return whether this rank continues, or with ``in_step`` any rank."""
     if not in_step:
         return going_on
     flag = torch.tensor(int(going_on), device=device)

@@ -33,7 +33,7 @@ class Engine:
 
         Returns:
             An :class:`Experience` with the sequence fields filled, all responses padded to one T: ``[N * samples]``
-            sampled rows, those of a prompt together, whose ``greedy`` holds the N greedy ones. Without samples: the
+            sampled rows, those of a prompt adjacent, whose ``greedy`` holds the N greedy ones. Without samples: the
             greedy rows.
         """
         raise NotImplementedError(f"{type(self).__name__} must define respond")
@@ -46,7 +46,7 @@ class TransformersEngine(Engine):
         cache: ``dynamic`` grows the KV cache and drops the rows that ended; ``static`` has one of fixed size, which
             ``compile`` needs. Families without such a cache are refused.
         compile: Compile the decoding steps, on CUDA with CUDA graphs; the first rollout then compiles too.
-            Wants ``cache: static``.
+            Requires ``cache: static``.
 
     Raises:
         ValueError: ``compile`` with the dynamic cache, whose steps all differ in shape.

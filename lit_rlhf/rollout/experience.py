@@ -77,7 +77,7 @@ class Experience:
     count: Tensor | None = None
     left_out: bool = False
 
-    # Not a dataclass: what walks over dataclasses (FSDP, Lightning) would read the fields that are not filled.
+    # Not a dataclass: code that walks dataclass fields (FSDP, Lightning) would access unset ones.
     def __init__(self, tokens: Tensor, attention_mask: Tensor, mask: Tensor, truncated: Tensor, **filled: Any) -> None:
         known = type(self).__annotations__
         if unknown := sorted(filled.keys() - known.keys()):
@@ -93,7 +93,7 @@ class Experience:
             vars(self)[name] = value
 
     def __getattr__(self, name: str) -> Any:
-        # Python asks here for what is not set.
+        # Called for unset attributes only.
         if name in type(self).__annotations__:
             raise UnsetFieldError(f"experience has no {name} yet: the step that fills it has not run")
         raise AttributeError(f"an Experience has no field {name!r}")
@@ -103,7 +103,7 @@ class Experience:
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What a forward pass reads: tokens, attention mask, response mask."""
+        """The arguments of a forward pass: tokens, attention mask, response mask."""
         return self.tokens, self.attention_mask, self.mask
 
     def replace(self, **changes: Any) -> "Experience":

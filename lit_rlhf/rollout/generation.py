@@ -15,7 +15,7 @@ from lit_rlhf.rollout.sampling import DrawnToken, Sampler, Sampling, uniform_dty
 
 @dataclass(frozen=True)
 class Request:
-    """What an engine is asked for: responses to prompts.
+    """A request to an engine: responses to prompts.
 
     Args:
         tokens: ``[N, P]`` long, left-padded.
@@ -26,8 +26,8 @@ class Request:
         samples: Responses sampled for each prompt; 0 decodes greedily only.
         greedy: Also decode the most probable tokens of each prompt.
         batch_size: Sequences decoded at once; None decodes all.
-        keep_log_probs: Also fill ``log_probs`` with those of sampling, which spares a pass over the responses. They
-            equal a pass to 2e-5 in float32; in bf16 they differ by up to 0.2. Asked only of engines that give them.
+        keep_log_probs: Also fill ``log_probs`` with those of sampling, which saves a forward pass over the responses.
+            The two agree to 2e-5 in float32; in bf16 they differ by up to 0.2. Only for engines that return them.
         in_step: The model is sharded, and each pass gathers its weights from all ranks: keep all ranks at the same pass
             until the last has ended.
 
@@ -72,7 +72,7 @@ def generate(
         See :meth:`lit_rlhf.rollout.Engine.respond`.
 
     Raises:
-        RuntimeError: The model is in train mode, where gradient checkpointing throws the KV cache away.
+        RuntimeError: The model is in train mode, where gradient checkpointing discards the KV cache.
         ValueError: Neither samples nor greedy responses are asked for.
     """
     return decode_request(model, Request(*prompts, **options), decoder or DynamicDecoder())
@@ -80,7 +80,7 @@ def generate(
 
 @torch.no_grad()
 def decode_request(model: PreTrainedModel, request: Request, decoder: DynamicDecoder) -> Experience:
-    """Decode token by token; sampled and greedy responses to a prompt stand together and share the pass over it."""
+    """Decode token by token; sampled and greedy responses to a prompt are adjacent and share the pass over it."""
     if any(m.training for m in model.modules() if not isinstance(m, nn.Identity)):
         raise RuntimeError("generate needs the model in eval mode: in train mode checkpointing drops the KV cache")
     tokens, attention_mask, per_prompt = request.tokens, request.attention_mask, request.per_prompt
@@ -88,7 +88,7 @@ def decode_request(model: PreTrainedModel, request: Request, decoder: DynamicDec
     is_greedy = (torch.arange(per_prompt, device=device) >= request.samples).repeat(len(tokens))
     shape = (len(tokens), per_prompt, request.sampling.max_new_tokens)
     uniforms = torch.zeros(*shape, dtype=uniform_dtype(device), device=device)
-    # The greedy rows take none, so that they change no sampled one.
+    # Greedy rows draw none, so they do not affect sampled ones.
     uniforms[:, : request.samples].uniform_()
     uniforms = uniforms.flatten(0, 1)
     eos = torch.tensor(request.eos_ids, device=device)
@@ -126,7 +126,7 @@ def _decode_part(
     pad_id: int,
     in_step: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Decode some prompts, see :func:`decode`, by transformers where the decoder cannot read the model."""
+    """Decode some prompts, see :func:`decode`, by transformers where the decoder cannot run the model."""
     try:
         part = decode(decoder, model, tokens, attention_mask, sampler, pad_id, in_step)
     finally:
@@ -163,7 +163,7 @@ def _generate_elsewhere(
 
 
 def _padded(parts: list[Tensor], value: float) -> Tensor:
-    """Join batches of different widths."""
+    """Concatenate batches of different widths, padded."""
     width = max(part.shape[1] for part in parts)
     return torch.cat([nn.functional.pad(part, (0, width - part.shape[1]), value=value) for part in parts])
 

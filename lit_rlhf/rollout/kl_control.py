@@ -30,14 +30,14 @@ class KLController(ABC):
 
     @abstractmethod
     def update(self, kl: float, n: int) -> None:
-        """Take note of the mean KL of the last ``n`` responses."""
+        """Update the coefficient from the mean KL of the last ``n`` responses."""
 
     def state_dict(self) -> dict[str, float]:
         """Everything that changes during training, as plain floats."""
         return {"coefficient": self._value}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Go on from a ``state_dict``.
+        """Restore a ``state_dict``.
 
         Raises:
             KeyError: ``state`` lacks "coefficient".
@@ -71,7 +71,7 @@ class FixedKL(KLController):
 
 
 class AdaptiveKL(KLController):
-    """Steers the measured KL towards a target.
+    """Steers the measured KL toward a target.
 
     Each update multiplies the coefficient by ``1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon``.
 

@@ -36,20 +36,20 @@ def length_groups(experience: Experience, size: int) -> list[LengthGroup]:
     ]
 
 
-def read_groups(
-    read: Callable[[Experience], dict[str, Tensor]], experience: Experience, size: int
+def map_groups(
+    function: Callable[[Experience], dict[str, Tensor]], experience: Experience, size: int
 ) -> dict[str, Tensor]:
-    """Read the experience in groups of similar length; return ``[N]`` and ``[N, T]`` tensors in its own order.
+    """Apply a function to groups of similar length; return ``[N]`` and ``[N, T]`` tensors in the samples' order.
 
     Args:
-        read: Returns ``[b]`` or ``[b, T']`` tensors for ``b`` samples whose longest response has ``T'`` tokens.
+        function: Returns ``[b]`` or ``[b, T']`` tensors for ``b`` samples whose longest response has ``T'`` tokens.
         experience: N samples.
         size: Samples in a group.
     """
     groups, width = length_groups(experience, size), experience.mask.shape[1]
     parts = []
     for group in groups:
-        found = read(group.take(experience))
+        found = function(group.take(experience))
         parts.append({k: F.pad(t, (0, width - t.shape[1])) if t.dim() == 2 else t for k, t in found.items()})
     back = torch.argsort(torch.cat([group.rows for group in groups]))
     return {name: tensor[back] for name, tensor in join(parts).items()}

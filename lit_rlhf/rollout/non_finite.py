@@ -16,7 +16,7 @@ from lit_rlhf.strategies.ranks import InTraining, any_rank, join_texts, local_sh
 SHOWN_SAMPLES = 3
 SHOWN_CHARACTERS = 120
 
-# What an experience holds, by the name in a message.
+# What an experience holds, as messages name it.
 COLUMNS = {
     "scores": "reward",
     "log_probs": "log-probs of the sampling policy",
@@ -28,14 +28,14 @@ COLUMNS = {
 
 
 def check_rollout(module: InTraining, experience: Experience, scored: Scored, skip: bool) -> None:
-    """Look at a scored rollout before anything is updated from it; every rank calls this.
+    """Check a scored rollout before anything is updated from it; every rank calls this.
 
     Args:
         module: The module that sampled it.
         experience: Log-probs, values and scores filled in. ``left_out`` is set on all ranks if any of them found a
             number that is not finite.
         scored: Its texts, one a sample.
-        skip: Warn and leave the rollout out, rather than raise.
+        skip: Warn and skip the rollout, rather than raise.
 
     Raises:
         NonFiniteError: A number is not finite, and ``skip`` is False.
@@ -76,7 +76,7 @@ def raise_non_finite(module: InTraining, where: str, found: str | None) -> NoRet
         f"{place(module)}, {where}: {found}\n"
         f"  last good checkpoint: {path or 'none was saved yet'}\n"
         f"  Lower the learning rate, set trainer.gradient_clip_val, or correct the reward or the data; then "
-        f"{resume}. model.on_non_finite: skip_step leaves such steps out instead"
+        f"{resume}. model.on_non_finite: skip_step skips such steps instead"
     )
 
 
@@ -123,7 +123,7 @@ def bad_rows(value: Tensor, mask: Tensor) -> Tensor:
 
 
 def only_bad(rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out the columns without a bad sample: one value read from the device for all of them."""
+    """Drop the columns without a bad sample, by one copy from the device for all of them."""
     if not rows:
         return {}
     kept = torch.stack([flags.any() for flags in rows.values()]).tolist()

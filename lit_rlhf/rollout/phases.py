@@ -1,4 +1,4 @@
-"""Phases of an RL iteration: generation, scoring, training. Callbacks that care listen."""
+"""Phases of an RL iteration: generation, scoring, training. Callbacks can listen to them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from lit_rlhf.strategies.ranks import InTraining, trainer_of
 
 
 class PhaseListener(Callback):
-    """A callback that is told when a phase begins and ends."""
+    """A callback with hooks for the beginning and the end of a phase."""
 
     def on_phase_start(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
         """Run when a phase begins."""
@@ -23,7 +23,7 @@ def phase(pl_module: InTraining, name: str) -> Iterator[None]:
     """Mark a phase for every :class:`PhaseListener` of the module's trainer.
 
     Args:
-        pl_module: The module; without a trainer nobody is told.
+        pl_module: The module; without a trainer there is nothing to notify.
         name: ``generation``, ``scoring``, ``training`` or ``evaluation``.
     """
     trainer = trainer_of(pl_module)

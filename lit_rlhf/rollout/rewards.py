@@ -23,7 +23,7 @@ class Scored:
         prompts: Prompt texts.
         responses: Response texts, special tokens removed.
         columns: The data set's other columns, each a list of N.
-        role_scores: ``[N]`` float32, what the reward role said; None if no reward asked for it.
+        role_scores: ``[N]`` float32, the reward role's scores; None if no reward needs them.
     """
 
     prompts: list[str]
@@ -59,8 +59,8 @@ class FunctionReward(Reward):
 
     Args:
         function: Import path of ``f(prompts, responses, **columns) -> sequence of float``.
-        timeout: Seconds that one call on the whole batch may take; None waits for ever. The function then runs in a
-            thread of its own. Python cannot kill a thread: one that hangs ends with the process.
+        timeout: Seconds that one call on the whole batch may take; None waits forever. With a timeout the function runs
+            in its own thread. Python cannot kill a thread: one that hangs ends with the process.
     """
 
     def __init__(self, function: Callable[..., Sequence[float]], timeout: float | None = None) -> None:
@@ -79,7 +79,7 @@ class FunctionReward(Reward):
         """Return the function's numbers.
 
         Raises:
-            RewardError: It raised, with its exception as the cause, or did not answer in time.
+            RewardError: It raised, with its exception as the cause, or did not return in time.
             ValueError: It returned the wrong count, or something that is not a finite number; the sample is named.
         """
         name = self.name
@@ -116,7 +116,7 @@ class FunctionReward(Reward):
     def _call(self, batch: Scored) -> list[Any]:
         values = self.function(batch.prompts, batch.responses, **batch.columns)
         if not hasattr(values, "__iter__"):
-            raise RewardError(f"reward function {self.name} returned {values!r}, not one number a response")
+            raise RewardError(f"reward function {self.name} returned {values!r}, not one number per response")
         return list(values)
 
     def _call_in_time(self, batch: Scored, seconds: float) -> list[Any]:
@@ -140,8 +140,8 @@ class FunctionReward(Reward):
         thread.join(seconds)
         if thread.is_alive():
             raise RewardError(
-                f"reward function {self.name} did not answer within {seconds:g} s {_first_of(batch)}. Raise `timeout`, "
-                "or let the function give up by itself and return a score"
+                f"reward function {self.name} did not return within {seconds:g} s {_first_of(batch)}. Raise `timeout`, "
+                "or make the function return a score in time"
             )
         if errors:
             raise errors[0]
@@ -151,7 +151,7 @@ class FunctionReward(Reward):
 def _first_of(batch: Scored) -> str:
     """Return the size and the first sample of a batch, shortened."""
     if not batch.responses:
-        return "(a batch of no responses)"
+        return "(an empty batch)"
     texts = [text if len(text) <= 120 else text[:120] + " ..." for text in (batch.prompts[0], batch.responses[0])]
     return f"(a batch of {len(batch.responses)}; the first: prompt {texts[0]!r}, response {texts[1]!r})"
 

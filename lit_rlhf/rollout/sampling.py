@@ -10,7 +10,7 @@ from lit_rlhf.errors import NonFiniteError
 
 # Tokens whose probabilities are added up before one of them is chosen; near the square root of usual vocabularies.
 BLOCK = 256
-# What the nucleus is sought in before everything is sorted.
+# The nucleus is searched among this many tokens before everything is sorted.
 NUCLEUS_HEAD = 1024
 
 
@@ -57,10 +57,10 @@ class Sampling:
         return weights
 
     def _nucleus_floor(self, weights: Tensor) -> Tensor:
-        """Return ``[B, 1]``: the least weight of the smallest set of tokens that holds ``top_p`` of the mass."""
+        """Return ``[B, 1]``: the smallest weight in the smallest set of tokens that holds ``top_p`` of the mass."""
         mass = self.top_p * weights.sum(dim=1, keepdim=True)
         head = weights.topk(min(self.top_k or NUCLEUS_HEAD, weights.shape[1])).values
-        # A GPU would wait for the answer at every step: it sorts.
+        # On a GPU the check would synchronize at every step, so it always sorts.
         if (self.top_k == 0 and weights.device.type != "cpu") or (
             self.top_k == 0 and bool((head.sum(dim=1, keepdim=True) < mass).any())
         ):
@@ -71,7 +71,7 @@ class Sampling:
 
 
 def uniform_dtype(device: torch.device) -> torch.dtype:
-    """Return float64 where there is one: float32's 24 bits give tokens of 1e-9 probability either 0 or 6e-8."""
+    """Return float64 where the device has it: float32's 24 bits give tokens of 1e-9 probability either 0 or 6e-8."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -100,7 +100,7 @@ def _choose(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     weights = weights.to(uniforms.dtype)
     ends = weights.cumsum(dim=1)
     target = uniforms[:, None] * ends[:, -1:]
-    # A parallel cumsum need not rise where weights are zero, nor keep below its end: both are asked for.
+    # A parallel cumsum may step up where weights are zero, or never pass the target: both are checked.
     beyond = (ends > target) & (weights > 0)
     chosen = torch.where(beyond.any(dim=1), beyond.int().argmax(dim=1), weights.argmax(dim=1))[:, None]
     width = weights.gather(1, chosen)
@@ -109,7 +109,7 @@ def _choose(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Sampler:
-    """Chooses the next token of each row and reads its log-prob, in one pass over the logits.
+    """Chooses the next token of each row and computes its log-prob, in one pass over the logits.
 
     Args:
         sampling: Settings.
@@ -136,8 +136,8 @@ class Sampler:
             rows: ``[A]`` long, their places among all B.
 
         Returns:
-            ``[A]`` long tokens, and their ``[A]`` float32 log-probs under the policy itself at its temperature: no
-            top-k, top-p or shortest length shows in them.
+            ``[A]`` long tokens, and their ``[A]`` float32 log-probs under the policy itself at its temperature: top-k,
+            top-p and minimum length do not affect them.
         """
         logits = logits.float()
         if self.sampling.temperature != 1:
@@ -155,11 +155,11 @@ class Sampler:
         if self._any_greedy:
             tokens = torch.where(self.greedy[rows], allowed.argmax(dim=1), tokens)
         # The chosen token's own probability may have underflowed; the largest one has not.
-        normaliser = logits.amax(dim=1) - policy.amax(dim=1).log()
-        return tokens, logits.gather(1, tokens[:, None])[:, 0] - normaliser
+        normalizer = logits.amax(dim=1) - policy.amax(dim=1).log()
+        return tokens, logits.gather(1, tokens[:, None])[:, 0] - normalizer
 
     def check(self) -> None:
-        """Say afterwards, since a look at every step would keep the device waiting, whether all logits were finite.
+        """Check afterwards whether all logits were finite; a check at every step would synchronize the device.
 
         Raises:
             NonFiniteError: They were not.
@@ -169,11 +169,11 @@ class Sampler:
 
 
 class DrawnToken(LogitsProcessor):
-    """Lets transformers' ``generate`` take the tokens of a :class:`Sampler`, and keeps their log-probs.
+    """Makes transformers' ``generate`` take the tokens of a :class:`Sampler`, and keeps their log-probs.
 
     Args:
-        sampler: Chooses.
-        prompt_length: Columns of the prompt.
+        sampler: Chooses the tokens.
+        prompt_length: Number of columns of the prompt.
     """
 
     def __init__(self, sampler: Sampler, prompt_length: int) -> None:

@@ -74,5 +74,5 @@ class RewardScaler:
         return {"total": list(self._total)}
 
     def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
-        """Take over saved running sums."""
+        """Restore saved running sums."""
         self._total = [float(value) for value in state["total"]]

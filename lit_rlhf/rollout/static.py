@@ -19,9 +19,9 @@ class StaticDecoder(DynamicDecoder):
     """Keeps keys and values in tensors of fixed size; rows that ended stay until all have.
 
     Args:
-        compile: Compile the decoding step (not the prompt's pass), on CUDA with CUDA graphs. The cache is then kept
-            between calls, since a captured graph holds its address: two numbers a row, position, layer and key-value
-            channel. Fewer rows are filled up to those it has; more rows or a longer text need a new one.
+        compile: Compile the decoding step (not the pass over the prompts), on CUDA with CUDA graphs. The cache is then
+            kept between calls, since a captured graph holds its address: two numbers a row, position, layer and
+            key-value channel. Fewer rows are padded to those it has; more rows or a longer text need a new one.
     """
 
     can_shrink = False
@@ -31,29 +31,29 @@ class StaticDecoder(DynamicDecoder):
         self.compile = compile
         self._kept: StaticCache | None = None
         self._kept_rows = self._kept_length = 0
-        self._reader: PreTrainedModel | None = None
+        self._owner: PreTrainedModel | None = None
         self._compiled: Callable[..., Any] | None = None
 
     def start(
         self, model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor, copies: int, new_tokens: int
     ) -> Tensor:
-        """Read the prompts, see :meth:`DynamicDecoder.start`.
+        """Run the prompts, see :meth:`DynamicDecoder.start`.
 
         Raises:
             ValueError: The model's family cannot be decoded into such a cache.
         """
-        if model is not self._reader:
-            self._reader, self._kept, self._compiled = model, None, None
+        if model is not self._owner:
+            self._owner, self._kept, self._compiled = model, None, None
         logits = super().start(model, tokens, attention_mask, copies, new_tokens)
         assert logits is not None
         self._rows = len(logits)
-        # Steps of one shape, whatever the rows: they are filled up with the first one's.
+        # Every step has one shape: missing rows are copies of the first one.
         index = _filled_up(torch.arange(self._rows, device=tokens.device), self._kept_rows)
         self._mask = self._full(self._mask[index])
         self._positions = self._positions[index]
         return logits
 
-    def _read_prompts(self, tokens: Tensor, mask: Tensor, copies: int, new_tokens: int) -> Tensor:
+    def _run_prompts(self, tokens: Tensor, mask: Tensor, copies: int, new_tokens: int) -> Tensor:
         rows = len(tokens) * copies
         self._cache = self._take_cache(rows, tokens.shape[1] + new_tokens)
         mask = self._full(mask)
@@ -66,7 +66,7 @@ class StaticDecoder(DynamicDecoder):
         return logits
 
     def _full(self, mask: Tensor) -> Tensor:
-        """Fill up with ones: what lies ahead is masked by the cache's own length."""
+        """Pad with ones: later positions are masked by the cache's own length."""
         return nn.functional.pad(mask, (0, self._kept_length - mask.shape[1]), value=1)
 
     def _take_cache(self, rows: int, length: int) -> StaticCache:
@@ -79,7 +79,7 @@ class StaticDecoder(DynamicDecoder):
         return self._kept
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Read ``[A]`` tokens; return ``[A, V]`` logits of the next ones."""
+        """Run ``[A]`` tokens; return ``[A, V]`` logits of the next ones."""
         return super().step(_filled_up(tokens, self._kept_rows))[: self._rows]
 
     def _forward(self, **inputs: Any) -> Tensor:
@@ -88,7 +88,7 @@ class StaticDecoder(DynamicDecoder):
         if self._compiled is None:
             graphs = inputs["input_ids"].is_cuda
             self._compiled = torch.compile(self._model.__call__, mode="reduce-overhead" if graphs else "default")
-        # The former step's logits have been read: their memory may be written again.
+        # The previous step's logits have been used: their memory may be overwritten.
         torch.compiler.cudagraph_mark_step_begin()
         logits: Tensor = self._compiled(**inputs).logits[:, -1]
         return logits

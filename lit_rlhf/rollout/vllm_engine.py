@@ -1,4 +1,4 @@
-"""Responses by vLLM, which gets the actor's LoRA set anew for each rollout."""
+"""Responses by vLLM, which gets the actor's current adapter for each rollout."""
 
 import importlib.util
 import shutil
@@ -26,10 +26,10 @@ RANKS = (8, 16, 32, 64, 128, 256)
 class VLLMEngine(Engine):
     """vLLM on a copy of the frozen trunk, beside the training weights.
 
-    The trunk is written to a temporary folder and loaded by vLLM once; the actor's LoRA set follows before each
-    rollout, under a new id. Log-probs come from a pass of the training weights: vLLM's own differ from them.
-    Written against vLLM's documented interface (``LLM``, ``SamplingParams``, ``LoRARequest``) and tested with a module
-    of that interface; it has not been run with vLLM itself.
+    The trunk is written to a temporary folder and loaded by vLLM once; the actor's adapter follows before each rollout,
+    under a new id. Log-probs come from a forward pass of the training weights: vLLM's own differ from them. Written
+    against vLLM's documented interface (``LLM``, ``SamplingParams``, ``LoRARequest``) and tested with a stand-in for
+    it; it has not been run with vLLM itself.
 
     One process, one GPU. ``rollout_batch_size`` still bounds the scoring passes, while vLLM schedules its own batches.
 
@@ -55,8 +55,8 @@ class VLLMEngine(Engine):
         """Sample, see :class:`Engine`; the seeds are drawn from torch's global generator.
 
         Raises:
-            ConfigError: The actor is sharded, spread over several processes, or no plain adapter on a frozen trunk; or
-                log-probs are asked for.
+            ConfigError: The actor is sharded, spread over several processes, or not a plain adapter on a frozen trunk;
+                or log-probs are requested.
         """
         if request.in_step or (dist.is_initialized() and dist.get_world_size() > 1):
             raise ConfigError("VLLMEngine runs in one process on one GPU; leave model.engine out with several devices")
@@ -94,7 +94,7 @@ class VLLMEngine(Engine):
         return parts[0]
 
     def _ask(self, prompts: list[Any], settings: list[dict[str, Any]], adapter: Any) -> list[list[int]]:
-        """Return the responses' token ids, those to a prompt together."""
+        """Return the responses' token ids, grouped by prompt."""
         from vllm import SamplingParams
 
         params = [SamplingParams(**setting) for setting in settings]
@@ -102,7 +102,7 @@ class VLLMEngine(Engine):
         return [list(c.token_ids) for o in outputs for c in sorted(o.outputs, key=lambda c: c.index)]
 
     def _hand_over(self, model: PreTrainedModel) -> Any:
-        """Write the actor's LoRA set, on the first call the trunk too; return vLLM's request for it."""
+        """Write the actor's adapter, on the first call the trunk too; return vLLM's request for it."""
         from vllm.lora.request import LoRARequest
 
         tensors, config = active_lora(model)
@@ -112,7 +112,7 @@ class VLLMEngine(Engine):
         if self._llm is None:
             self._llm = self._load(model, folder / "trunk", config.r)
         self._rollouts += 1
-        # One folder a rollout: vLLM may read it as late as the first request.
+        # One folder per rollout: vLLM may read it as late as the first request.
         adapter = folder / f"actor_{self._rollouts}"
         adapter.mkdir()
         save_file(tensors, adapter / "adapter_model.safetensors")
@@ -136,16 +136,16 @@ class VLLMEngine(Engine):
 
 
 def active_lora(model: PreTrainedModel) -> tuple[dict[str, Tensor], LoraConfig]:
-    """Return the LoRA set that is on, as PEFT stores it: tensors by name, on the CPU, and its configuration.
+    """Return the active adapter as PEFT stores it: tensors by name, on the CPU, and its configuration.
 
     Raises:
-        ValueError: There is no such set, several are summed, one is DoRA, or the trunk itself is trained.
+        ValueError: There is none, several are active, it is DoRA, or the trunk itself is trained.
     """
-    why = "VLLMEngine needs an actor that is one plain LoRA set on a frozen trunk; "
+    why = "VLLMEngine needs an actor that is one plain adapter on a frozen trunk; "
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and not m.disable_adapters}
     active = {name for layer in layers.values() for name in layer.active_adapters}
     if len(active) != 1:
-        raise ConfigError(f"{why}this one reads {', '.join(sorted(active)) or 'none'}")
+        raise ConfigError(f"{why}this one uses {', '.join(sorted(active)) or 'none'}")
     if any(p.requires_grad for name, p in model.named_parameters() if ".lora_" not in name):
         raise ConfigError(f"{why}here the trunk's own weights are trained too")
     (name,) = active
@@ -156,7 +156,7 @@ def active_lora(model: PreTrainedModel) -> tuple[dict[str, Tensor], LoraConfig]:
         if name not in layer.lora_A:
             continue
         if name in layer.lora_magnitude_vector:
-            raise ConfigError(f"{why}this set is DoRA, which vLLM does not read")
+            raise ConfigError(f"{why}this one is DoRA, which vLLM does not support")
         scalings[layer.r[name], layer.scaling[name]] = path
         for part, weight in (("lora_A", layer.lora_A[name].weight), ("lora_B", layer.lora_B[name].weight)):
             tensors[f"base_model.model.{path}.{part}.weight"] = weight.detach().cpu().contiguous()

@@ -202,9 +202,9 @@ def test_another_number_of_responses_is_refused_with_the_number_that_fits(tmp_pa
     assert (state["rollout_size"], state["ranks"], state["step_size"]) == (8, 1, 4)
     state["ranks"] = 2
     torch.save(content, tmp_path / "of_two_ranks.ckpt")
-    with pytest.raises(ValueError, match=r"16 responses an iteration .* Set rollout_size to 16"):
+    with pytest.raises(ValueError, match=r"16 responses per iteration .* Set rollout_size to 16"):
         make_trainer(tmp_path, 2).fit(make_ppo(), prompts, ckpt_path=str(tmp_path / "of_two_ranks.ckpt"))
     state.update(ranks=2, rollout_size=4, step_size=16)
     torch.save(content, tmp_path / "same_prompts.ckpt")
-    with pytest.warns(UserWarning, match="4 responses an optimizer step, where the checkpoint's run took 16"):
+    with pytest.warns(UserWarning, match="4 responses per optimizer step, where the checkpoint's run took 16"):
         make_trainer(tmp_path, 2).fit(make_ppo(), prompts, ckpt_path=str(tmp_path / "same_prompts.ckpt"))

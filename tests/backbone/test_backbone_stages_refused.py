@@ -59,7 +59,7 @@ def test_missing_file_along_the_chain(ppo, hydra_sft):
 def test_torn_file(keep, sft):
     content = Path(sft[0]).read_bytes()
     Path(sft[0]).write_bytes(content[: int(len(content) * keep)])
-    with pytest.raises(ValueError, match=r"sft.ckpt (cannot be read: it is torn|is empty)"):
+    with pytest.raises(ValueError, match=r"sft.ckpt (cannot be read: it is truncated|is empty)"):
         StageCheckpoint.read(sft[0])
 
 
@@ -68,7 +68,7 @@ def test_foreign_checkpoint(content, tmp_path):
     torch.save(content, tmp_path / "foreign.ckpt")
     with pytest.raises(
         ValueError,
-        match=r"foreign.ckpt (was not written by|is a file of torch's but no checkpoint)",
+        match=r"foreign.ckpt (was not written by|is a torch file but not a checkpoint)",
     ):
         StageCheckpoint.read(tmp_path / "foreign.ckpt")
 

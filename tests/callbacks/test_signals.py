@@ -415,7 +415,7 @@ def test_errors_of_a_run_are_one_message_on_the_command_line(
     for arguments, said in (
         (
             ["--ckpt_path", "torn.ckpt"],
-            "lit-rlhf: checkpoint torn.ckpt cannot be read: it is torn",
+            "lit-rlhf: checkpoint torn.ckpt cannot be read: it is truncated",
         ),
         (["--ckpt_path", "none.ckpt"], "lit-rlhf: checkpoint none.ckpt does not exist"),
         (["--model.optimizer.lr", "1e37"], "lit-rlhf: iteration 1 of 4, training, minibatch 2 of 2: the loss is nan"),

@@ -114,7 +114,7 @@ def test_a_write_that_fails_at_any_step_leaves_one_whole_checkpoint(
             Run(0.5).save(path)
             continue
         assert "last.ckpt could not be written: No space left on device" in said
-        assert "The folder of that name from before is intact" in said
+        assert "The earlier folder of that name is intact" in said
         assert len(said.splitlines()) == 1
         ends.append(Run(1.0).load(path))
         assert ".last.ckpt.partial" not in names(tmp_path)
@@ -260,17 +260,17 @@ def spoiled(path: Path) -> dict[str, tuple[Callable[[], Any], str]]:
         (path / ".metadata").write_bytes(pickle.dumps(content))
 
     return {
-        "rest missing": ((path / "meta.pt").unlink, "torn or no checkpoint: meta.pt is missing"),
-        "rest cut": (lambda: cut("meta.pt", 0.5), "meta.pt cannot be read: it is torn"),
+        "rest missing": ((path / "meta.pt").unlink, "incomplete or not a checkpoint: meta.pt is missing"),
+        "rest cut": (lambda: cut("meta.pt", 0.5), "meta.pt cannot be read: it is truncated"),
         "rest empty": (lambda: cut("meta.pt", 0.0), "meta.pt is empty"),
         "rest a list": (lambda: torch.save([1], path / "meta.pt"), "holds no dict"),
-        "index missing": ((path / ".metadata").unlink, r"torn or no checkpoint: .metadata is missing"),
-        "index cut": (lambda: cut(".metadata", 0.9), ".metadata cannot be read: it is torn"),
+        "index missing": ((path / ".metadata").unlink, r"incomplete or not a checkpoint: .metadata is missing"),
+        "index cut": (lambda: cut(".metadata", 0.9), ".metadata cannot be read: it is truncated"),
         "index a list": (lambda: (path / ".metadata").write_bytes(pickle.dumps([1])), "holds no index"),
-        "shard missing": ((path / "__0_0.distcp").unlink, "is torn: __0_0.distcp is missing"),
-        "shard cut": (lambda: cut("__0_0.distcp", 0.99), "is torn: __0_0.distcp is cut short"),
-        "shard damaged": (damage, "is damaged or of another model"),
-        "shard elsewhere": (elsewhere, "its shards lie elsewhere"),
+        "shard missing": ((path / "__0_0.distcp").unlink, "is incomplete: __0_0.distcp is missing"),
+        "shard cut": (lambda: cut("__0_0.distcp", 0.99), "is incomplete: __0_0.distcp is cut short"),
+        "shard damaged": (damage, "is damaged or belongs to another model"),
+        "shard elsewhere": (elsewhere, "its shards are outside it"),
         "empty folder": (lambda: [file.unlink() for file in path.iterdir()], "is missing"),
     }
 
@@ -288,7 +288,9 @@ def test_torn_and_foreign_folders_are_refused_by_name(tmp_path: Path) -> None:
     Run(0.5, width=5).save(tmp_path / "wide.ckpt")
     save_folder(tmp_path / "other.ckpt", {"state_dict": {"x": torch.ones(2)}}, {})
     for name in ("wide", "other"):
-        with pytest.raises(CheckpointError, match=f"{name}.ckpt is damaged or of another model than this run's"):
+        with pytest.raises(
+            CheckpointError, match=f"{name}.ckpt is damaged or belongs to another model than this run's"
+        ):
             Run(1.0).load(tmp_path / f"{name}.ckpt")
 
 
@@ -351,15 +353,15 @@ def test_a_file_takes_a_folders_place(group: None, prompts: PromptData, tmp_path
 def test_bad_folders_end_a_run_in_one_line(group: None, prompts: PromptData, tmp_path: Path) -> None:
     sharded(tmp_path, 1).fit(make_ppo(), prompts)
     path = tmp_path / "last.ckpt"
-    with pytest.raises(CheckpointError, match="is damaged or of another model") as error:
+    with pytest.raises(CheckpointError, match="is damaged or belongs to another model") as error:
         sharded(tmp_path / "again", 2).fit(make_ppo(layout="j_hydra"), prompts, ckpt_path=path)
     assert len(str(error.value).splitlines()) == 1
     (path / "__0_0.distcp").unlink()
-    with pytest.raises(CheckpointError, match=r"is torn: __0_0\.distcp is missing"):
+    with pytest.raises(CheckpointError, match=r"is incomplete: __0_0\.distcp is missing"):
         make_ppo().check_checkpoint(str(path))
-    with pytest.raises(CheckpointError, match=r"is torn: __0_0\.distcp is missing"):
+    with pytest.raises(CheckpointError, match=r"is incomplete: __0_0\.distcp is missing"):
         sharded(tmp_path / "again", 2).fit(make_ppo(), prompts, ckpt_path=path)
-    with pytest.raises(CheckpointError, match="is torn"):
+    with pytest.raises(CheckpointError, match="is incomplete"):
         read_rest(path)
 
 

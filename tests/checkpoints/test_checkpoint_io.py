@@ -150,8 +150,8 @@ def bad_files(good: Path, folder: Path) -> dict[str, tuple[Path, str]]:
     data = good.read_bytes()
     made: dict[str, tuple[bytes, str]] = {"empty": (b"", "is empty")}
     for length in (1, 3, 64, len(data) // 4, len(data) // 2, len(data) - 1000, len(data) - 1):
-        made[f"torn at {length}"] = (data[:length], "cannot be read: it is torn ")
-    made["text"] = (b"version https://git-lfs.github.com/spec/v1\n", "cannot be read: it is torn ")
+        made[f"torn at {length}"] = (data[:length], "cannot be read: it is truncated ")
+    made["text"] = (b"version https://git-lfs.github.com/spec/v1\n", "cannot be read: it is truncated ")
     files = {}
     for kind, (written, said) in made.items():
         path = folder / f"{kind}.ckpt"
@@ -167,7 +167,7 @@ def bad_files(good: Path, folder: Path) -> dict[str, tuple[Path, str]]:
         files[kind] = (folder / f"{kind}.ckpt", said)
     for protocol, said in (
         (2, "is refused: it holds posix.system"),
-        (4, "cannot be read: it is torn "),
+        (4, "cannot be read: it is truncated "),
     ):
         path = folder / f"pickle {protocol}.ckpt"
         path.write_bytes(pickle.dumps(Payload(), protocol))

@@ -61,7 +61,7 @@ def test_each_part_is_compared_and_named(key: str, value: Any) -> None:
         ValueError, match=f"cannot resume: the checkpoint's {key} differs from the configuration's"
     ) as error:
         refuse(record(**{key: value}), record())
-    assert f"{value} there, {record()[key]} here. Set it back, or start anew without --ckpt_path" in str(error.value)
+    assert f"{value} there, {record()[key]} here. Change it back, or start over without --ckpt_path" in str(error.value)
 
 
 def test_names_are_not_compared_before_a_model_is_built() -> None:

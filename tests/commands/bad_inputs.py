@@ -406,7 +406,7 @@ CHECKPOINTS = [
     checkpoint(
         "folder",
         "folder",
-        "is torn or no checkpoint: .metadata is missing",
+        "is incomplete or not a checkpoint: .metadata is missing",
         files={"folder": lambda p: p.mkdir(exist_ok=True)},
     ),
     checkpoint("empty", "empty.ckpt", "is empty", files={"empty.ckpt": b""}),
@@ -447,7 +447,7 @@ CHECKPOINTS = [
     Bad(
         "earlier stage: torn",
         ("--model.policy_checkpoint=torn.ckpt",),
-        "torn (its writing was cut short)",
+        "truncated",
         files={"torn.ckpt": b"PK\x03\x04 torn"},
     ),
     Bad(
@@ -471,8 +471,8 @@ def write_report(path: Path) -> None:
 REWARD_FUNCTIONS = [
     reward("fails", "reward function fails raised KeyError: 'judge'"),
     reward("too_few", "reward function too_few returned 1 numbers for 4 responses"),
-    reward("one_number", "one_number returned 1.0, not one number a response"),
-    reward("nothing", "nothing returned None, not one number a response"),
+    reward("one_number", "one_number returned 1.0, not one number per response"),
+    reward("nothing", "nothing returned None, not one number per response"),
     reward("nan", "reward function nan returned nan for sample 1 (prompt 'The "),
     reward("infinite", "reward function infinite returned inf for sample 0 (prompt 'The "),
     reward("too_large", "reward function too_large returned 1e+300 for sample 0"),
@@ -480,7 +480,7 @@ REWARD_FUNCTIONS = [
     reward("narrow", "reward function narrow raised TypeError"),
     reward(
         "hangs",
-        "reward function hangs did not answer within 0.2 s (a batch of 4; the first: prompt 'The ",
+        "reward function hangs did not return within 0.2 s (a batch of 4; the first: prompt 'The ",
         "--model.reward.timeout=0.2",
     ),
 ]

@@ -51,7 +51,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_resumes(tmp_path: 
     assert full.returncode == 1
     (line,) = [line for line in full.stderr.splitlines() if line.startswith("lit-rlhf")]
     assert "saved/last.ckpt could not be written: File too large" in line
-    assert "The file of that name from before is intact" in line
+    assert "The earlier file of that name is intact" in line
     assert "Traceback" not in full.stderr
     assert [path.name for path in (tmp_path / "saved").iterdir()] == ["last.ckpt"]
     assert torch.load(tmp_path / "saved" / "last.ckpt", weights_only=True)["epoch"] == 0

@@ -62,7 +62,7 @@ def test_too_few_prompts_and_the_wrong_data_are_clear_errors(data_folder: Path, 
     prompts = PromptData(train=str(data_folder / "prompts.jsonl"), validation_size=0)
     with pytest.raises(
         ValueError,
-        match=r"rollout_size 16 with 1 response\(s\) a prompt on 1 rank\(s\) needs at least 16 training prompts.* 12",
+        match=r"rollout_size 16 with 1 response\(s\) per prompt on 1 rank\(s\) needs at least 16 training prompts.* 12",
     ):
         make_trainer(tmp_path).fit(make_ppo(rollout_size=16), prompts)
     other = InstructionData(train=str(data_folder / "pairs.jsonl"), validation_size=0)

@@ -170,7 +170,7 @@ def test_a_remax_run_on_vllm_scores_its_log_probs(fake_vllm: type[LLM], prompts:
     [
         (
             {"layout": "full", "reward": FunctionReward(count_e)},
-            "one plain LoRA set on a frozen trunk; this one reads none",
+            "one plain adapter on a frozen trunk; this one uses none",
         ),
         ({"lora": LoraArgs(r=4, use_dora=True)}, "is DoRA"),
     ],

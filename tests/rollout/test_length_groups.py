@@ -9,7 +9,7 @@ from helpers import make_ppo, make_trainer
 from torch import Tensor
 
 from lit_rlhf import Experience, PromptData, ReMax
-from lit_rlhf.rollout import length_groups, read_groups
+from lit_rlhf.rollout import length_groups, map_groups
 
 
 def uneven(prompts: list[int], responses: list[int]) -> Experience:
@@ -51,7 +51,7 @@ def test_reading_in_groups_returns_the_samples_own_order() -> None:
         responses = part.tokens[:, -part.mask.shape[1] :]
         return {"token": responses * part.mask, "sample": part.tokens[:, -part.mask.shape[1]]}
 
-    found = read_groups(read, experience, 2)
+    found = map_groups(read, experience, 2)
     assert torch.equal(found["token"], experience.tokens[:, 5:] * experience.mask)
     assert torch.equal(found["sample"], experience.tokens[:, 5])
 

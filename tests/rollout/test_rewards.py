@@ -118,7 +118,7 @@ def test_a_function_that_hangs_is_given_up() -> None:
         return [0.0] * len(responses)
 
     start = time.monotonic()
-    with pytest.raises(RewardError, match=r"judge did not answer within 0.2 s \(a batch of 2; .*p1.*r1"):
+    with pytest.raises(RewardError, match=r"judge did not return within 0.2 s \(a batch of 2; .*p1.*r1"):
         FunctionReward(judge, timeout=0.2).score(BATCH)
     assert time.monotonic() - start < 10
     release.set()
@@ -134,14 +134,14 @@ def test_the_timeout_covers_a_lazy_answer_and_changes_no_result() -> None:
     with torch.no_grad():
         assert FunctionReward(lazy, timeout=20.0).score(BATCH).tolist() == [0.0, 0.0]
     assert FunctionReward(lazy, timeout=20.0).score(BATCH).tolist() == [1.0, 1.0]
-    with pytest.raises(RewardError, match="did not answer"):
+    with pytest.raises(RewardError, match="did not return"):
         FunctionReward(lazy, timeout=0.05).score(BATCH)
     with pytest.raises(ValueError, match="timeout must be positive or null, got 0"):
         FunctionReward(lazy, timeout=0)
 
 
 def test_an_answer_that_is_no_sequence_or_fits_no_float32() -> None:
-    with pytest.raises(RewardError, match="returned None, not one number a response"):
+    with pytest.raises(RewardError, match="returned None, not one number per response"):
         FunctionReward(lambda *texts, **columns: None).score(BATCH)  # type: ignore[arg-type,return-value]
     for huge in (1e39, 10**400):
         with pytest.raises(ValueError, match="for sample 1"):

@@ -1,4 +1,4 @@
-"""Trunks, adapters and heads, read by role."""
+"""Trunks, adapters and heads behind role names."""
 
 from lit_rlhf.backbone.adapter_tensors import Adapter, LoraSet, RoleModel
 from lit_rlhf.backbone.adapters import AdapterSwitch, LoraArgs

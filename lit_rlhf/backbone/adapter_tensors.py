@@ -35,7 +35,7 @@ class Adapter:
         return self.args.scaling
 
 
-# The former name, for code written against earlier versions.
+# The old name, for code written against earlier versions.
 LoraSet = Adapter
 
 
@@ -70,7 +70,7 @@ class RoleModel:
         """
         summed = self.summed()
         if summed is None:
-            raise ConfigError("this role has no LoRA set; export it with format 'merged'")
+            raise ConfigError("this role has no adapter; export it with format 'merged'")
         return attach_lora(self.base, summed.args.to_peft(), summed.tensors)
 
     def for_inference(self) -> PreTrainedModel:
@@ -93,7 +93,7 @@ def attach_lora(model: PreTrainedModel, config: LoraConfig, tensors: dict[str, T
     result: Any = set_peft_model_state_dict(attached, tensors)
     missing = [key for key in result.missing_keys if "lora_" in key]
     if result.unexpected_keys or missing:
-        raise ConfigError(f"LoRA set does not fit the model: {[*result.unexpected_keys, *missing][:3]} ...")
+        raise ConfigError(f"adapter does not fit the model: {[*result.unexpected_keys, *missing][:3]} ...")
     return attached
 
 
@@ -103,7 +103,7 @@ def concatenate(adapters: list[Adapter]) -> Adapter:
     Adapters of different modules are padded with zeros.
 
     Raises:
-        ValueError: One of several adapters is DoRA, which rescales what the adapters below it left.
+        ValueError: One of several adapters is DoRA, which rescales the result of the earlier ones.
     """
     if any(adapter.args.use_dora for adapter in adapters):
         raise ConfigError(
@@ -132,7 +132,7 @@ def concatenate(adapters: list[Adapter]) -> Adapter:
 
 
 def adapter_of(parameter: str) -> str | None:
-    """Return the adapter that a parameter's name says (``….lora_A.actor.weight``), None for other parameters."""
+    """Return the adapter of a parameter, from its name (``….lora_A.actor.weight``); None for other parameters."""
     *_, kind, name, _ = ["", "", *parameter.split(".")]
     return name if kind.startswith("lora_") else None
 
@@ -204,24 +204,24 @@ def check_targets(model: PreTrainedModel, args: LoraArgs) -> None:
     for name in (name for names in matched.values() for name in names if name not in linear):
         module = modules[name]
         if module is head or isinstance(module, nn.Embedding):
-            raise ConfigError(f"lora.target_modules adapts {name}; input and output embedding cannot carry LoRA here")
+            raise ConfigError(f"lora.target_modules adapts {name}; input and output embeddings cannot carry LoRA here")
         raise ConfigError(
             f"lora.target_modules adapts {name}, a {type(module).__name__}, which cannot carry LoRA; {there}"
         )
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Say whether a module is a linear layer of any kind: torch's, transformers' Conv1D, or a quantized one."""
+    """Return whether a module is a linear layer of any kind: torch's, transformers' Conv1D, or a quantized one."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding)
 
 
 def _refuse_embeddings(wrapped: PeftModel) -> None:
-    """Refuse LoRA on embeddings: log-probs read the output embedding plain, checkpoints know linear layers."""
+    """Refuse LoRA on embeddings: log-probs use the plain output embedding, checkpoints support linear layers only."""
     head = wrapped.get_base_model().get_output_embeddings()  # type: ignore[operator]
     for name, module in wrapped.get_base_model().named_modules():
         if isinstance(module, BaseTunerLayer) and (module is head or isinstance(module.get_base_layer(), nn.Embedding)):
-            raise ConfigError(f"lora.target_modules adapts {name}; input and output embedding cannot carry LoRA here")
+            raise ConfigError(f"lora.target_modules adapts {name}; input and output embeddings cannot carry LoRA here")
 
 
 def _start_magnitudes(wrapped: PeftModel, names: list[str]) -> None:

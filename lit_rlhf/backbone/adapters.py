@@ -25,14 +25,14 @@ class LoraArgs:
         target_modules: ``all-linear`` (every linear layer but the output embedding), a list of module names,
             or a regular expression over whole module paths.
         use_rslora: Rank-stabilized scaling.
-        use_dora: DoRA: direction and magnitude of each weight's rows are trained apart. Slower, since every pass
+        use_dora: DoRA: direction and magnitude of each weight's rows are trained separately. Slower, since every pass
             computes the norms of the adapted weights.
         ranks: Other ranks for some adapters, such as ``{"critic": 4}``. Their alpha is ``alpha * rank / r``, so that
-            ``alpha / r`` stays what it is for all; with rsLoRA their update is then multiplied by
+            ``alpha / r`` is the same for all; with rsLoRA their update is then multiplied by
             ``(alpha / r) * sqrt(rank)``.
 
     Raises:
-        ValueError: A value makes no sense.
+        ValueError: A value is out of range.
     """
 
     r: int = 16
@@ -54,7 +54,7 @@ class LoraArgs:
                 raise ConfigError(f"lora.ranks: the rank of {name!r} must be at least 1, got {rank}")
 
     def for_adapter(self, name: str) -> "LoraArgs":
-        """Return the settings of one adapter: its own rank, and no ``ranks`` any more."""
+        """Return the settings of one adapter: its own rank, and empty ``ranks``."""
         rank = self.ranks.get(name, self.r)
         return replace(self, r=rank, alpha=self.alpha * rank / self.r, ranks={})
 
@@ -62,7 +62,7 @@ class LoraArgs:
         """Raise ValueError where ``ranks`` names an adapter that is not among the trained ones."""
         if unknown := sorted(set(self.ranks) - set(trained)):
             raise ConfigError(
-                f"lora.ranks names {', '.join(map(repr, unknown))}, but the LoRA sets trained here are "
+                f"lora.ranks names {', '.join(map(repr, unknown))}, but the adapters trained here are "
                 f"{', '.join(map(repr, sorted(trained))) or 'none'}"
             )
 
@@ -102,7 +102,7 @@ class AdapterSwitch:
         self._layers = [m for m in trunk.modules() if isinstance(m, BaseTunerLayer)]
 
     def use(self, adapter: str | None) -> AbstractContextManager[None]:
-        """Use this adapter (None: off) inside the block; the former state comes back, even on errors."""
+        """Use this adapter (None: off) inside the block; the previous state is restored, even on errors."""
         active = self._always + ([] if adapter is None else [adapter])
         state: State = [(active or layer._active_adapter, not active) for layer in self._layers]
         return _Selected(self, state)
@@ -110,7 +110,7 @@ class AdapterSwitch:
     def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return the (forward, recompute) contexts for ``torch.utils.checkpoint``'s ``context_fn``.
 
-        Recomputation happens during backward, when another adapter may be on; without this the gradients of
+        Recomputation happens during backward, when another adapter may be active; without this the gradients of
         every adapter but the last one used are silently wrong.
         """
         return nullcontext(), _Selected(self, self._state())
@@ -124,7 +124,7 @@ class AdapterSwitch:
 
 
 class _Selected(AbstractContextManager[None]):
-    """A state of the switch, on inside the block; may be entered again, as backward through one graph twice does."""
+    """A state of the switch, active inside the block; may be entered again, as when one graph runs backward twice."""
 
     def __init__(self, switch: AdapterSwitch, state: State) -> None:
         self._switch, self._state = switch, state

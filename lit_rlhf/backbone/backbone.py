@@ -1,4 +1,4 @@
-"""The backbone: trunks, LoRA sets and heads behind role names."""
+"""The backbone: trunks, adapters and heads behind role names."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,19 +22,19 @@ from lit_rlhf.functional import gather_last, position_ids, scale_gradient
 
 
 class Backbone(nn.Module):
-    """Trunks, LoRA sets and heads of a layout, read by role.
+    """Trunks, adapters and heads of a layout, used by role.
 
     The module stays in eval mode for good: dropout would break "ratio 1 at the first minibatch". Gradient
     checkpointing, which transformers ties to train mode, is switched on for the trunk pass alone.
 
     Args:
-        layout: Which trunk, LoRA set and head each role reads.
+        layout: Which trunk, adapter and head each role uses.
         trunks: Trunk name to language model; changed in place (LoRA layers are injected).
-        lora: Configuration of the trained LoRA sets.
-        loaded: LoRA sets that are read frozen, by name.
+        lora: Configuration of the trained adapters.
+        loaded: Frozen adapters, by name.
         gradient_checkpointing: Recompute the layers' activations in backward.
         temperature: Divides the logits; the sampling temperature, so that log-probs are the sampled policy's.
-        start: Trunk name to a frozen LoRA set that belongs to the trunk: "LoRA off" reads it too.
+        start: Trunk name to a frozen adapter that belongs to the trunk: it stays on with "LoRA off".
     """
 
     __call__: Callable[..., dict[str, Tensor]]
@@ -68,8 +68,8 @@ class Backbone(nn.Module):
         for name, model in trunks.items():
             if name not in lm_trunks:
                 drop_language_head(model)
-            sets = _sets_of_trunk(layout, name, lora, loaded or {}, (start or {}).get(name))
-            self.trunks[name] = attach_adapters(model, sets) if sets else model
+            adapters = _adapters_of_trunk(layout, name, lora, loaded or {}, (start or {}).get(name))
+            self.trunks[name] = attach_adapters(model, adapters) if adapters else model
         self._switches = {
             name: AdapterSwitch(trunk, always=[START_ADAPTER] if name in (start or {}) else [])
             for name, trunk in self.trunks.items()
@@ -155,15 +155,15 @@ class Backbone(nn.Module):
 
     @contextmanager
     def use(self, role: str) -> Iterator[PreTrainedModel]:
-        """Give a role's language model, its LoRA set on, ready for ``generate``."""
+        """Give a role's language model, its adapter on, ready for ``generate``."""
         where = self.role(role)
-        # A step of one token with a growing cache would be compiled over and over.
+        # A step of one token with a growing cache would be recompiled again and again.
         eager = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
         with eager, self._switches[where.trunk].use(where.adapter):
             yield self.language_model(where.trunk)
 
     def role_parameters(self, role: str) -> dict[str, nn.Parameter]:
-        """Return the trained parameters that a role reads, by name."""
+        """Return the trained parameters that a role uses, by name."""
         where = self.role(role)
         wanted = set(self.trainable_names)
         found = {}
@@ -174,7 +174,7 @@ class Backbone(nn.Module):
         return found
 
     def passes(self, roles: Sequence[str]) -> dict[tuple[str, str | None], list[str]]:
-        """Group roles by the trunk pass that serves them: one for each distinct (trunk, LoRA set)."""
+        """Group roles by the trunk pass that serves them: one for each distinct (trunk, adapter)."""
         groups: dict[tuple[str, str | None], list[str]] = {}
         for name in roles:
             where = self.role(name)
@@ -192,16 +192,16 @@ class Backbone(nn.Module):
         entropy: bool = False,
         value_gradient: float = 1.0,
     ) -> dict[str, Tensor]:
-        """Read roles on padded sequences; roles that share a trunk and a LoRA set share one pass.
+        """Run roles on padded sequences; roles that share a trunk and an adapter share one pass.
 
         Args:
             roles: Role names.
             tokens: ``[B, P+T]`` long; prompts left-padded to P, responses right-padded to T.
             attention_mask: ``[B, P+T]`` bool, True = token counts.
             mask: ``[B, T]`` bool, True = real response token.
-            lm_mask: ``[B, T]`` bool, positions whose log-prob is wanted; None means ``mask``.
+            lm_mask: ``[B, T]`` bool, positions whose log-prob is needed; None means ``mask``.
             entropy: Also return the entropy of the last ``lm`` role under the key ``entropy``.
-            value_gradient: Factor on the gradient of values into a pass that other roles read too.
+            value_gradient: Factor on the gradient of values into a pass that other roles share.
 
         Returns:
             Role name to: log-probs ``[B, T]`` (``lm``), values ``[B, T]`` (``value``: of the state before
@@ -214,7 +214,7 @@ class Backbone(nn.Module):
         results: dict[str, Tensor] = {}
         lm_mask = mask if lm_mask is None else lm_mask
         for where, group in self.passes(roles).items():
-            # A call of its own frees each pass's hidden states before the next pass begins.
+            # A separate call frees each pass's hidden states before the next pass begins.
             results |= self._run_pass(where, group, tokens, attention_mask, mask, lm_mask, entropy, value_gradient)
         return results
 
@@ -228,14 +228,14 @@ class Backbone(nn.Module):
         entropy: bool = False,
         value_gradient: float = 1.0,
     ) -> dict[str, Tensor]:
-        """Read roles with their graph, and keep it: :meth:`forward` hands it out once, to this very tensor of tokens.
+        """Run roles and keep their graph: :meth:`forward` returns it once, for this very tensor of tokens.
 
         So a batch that is scored and then trained on, with no update in between, costs one pass instead of two. A
         sharded backbone records nothing: its graph must begin in the training step.
 
         Args:
-            roles, tokens, attention_mask, mask, entropy, value_gradient: See :meth:`forward`; they are part of what has
-                to be the same.
+            roles, tokens, attention_mask, mask, entropy, value_gradient: See :meth:`forward`; the later call must have
+                the same ones.
 
         Returns:
             What :meth:`forward` returns, detached; nothing where nothing was recorded.
@@ -250,11 +250,11 @@ class Backbone(nn.Module):
         return {name: output.detach() for name, output in outputs.items()}
 
     def forget(self) -> None:
-        """Free what :meth:`record` kept, where nothing asked for it."""
+        """Free what :meth:`record` kept, if nothing used it."""
         self._recorded.drop()
 
     def zero_loss(self) -> Tensor:
-        """Return 0, differentiable: the loss of a minibatch that is left out, without a forward pass.
+        """Return 0, differentiable: the loss of a skipped minibatch, without a forward pass.
 
         DDP wants every trained parameter in the graph. Under FSDP2 the heads, which the training step itself gathers,
         are enough.
@@ -273,7 +273,7 @@ class Backbone(nn.Module):
         entropy: bool,
         value_gradient: float,
     ) -> dict[str, Tensor]:
-        """Run one trunk pass and read its roles' heads; the arguments are :meth:`forward`'s."""
+        """Run one trunk pass and its roles' heads; the arguments are :meth:`forward`'s."""
         results: dict[str, Tensor] = {}
         trunk, responses = where[0], mask.shape[1]
         hidden = self._hidden(*where, tokens, attention_mask)
@@ -342,7 +342,7 @@ def scalar_head(width: int) -> nn.Linear:
 
 
 def _checkpoint_in_eval_mode(layer: Any) -> None:
-    """Put a layer back in eval mode once it is being checkpointed: OPT's and Falcon's read it for dropout."""
+    """Put a layer back in eval mode once it is being checkpointed: OPT's and Falcon's use it for dropout."""
     checkpoint = layer._gradient_checkpointing_func
 
     def run(*args: Any) -> Any:
@@ -358,34 +358,34 @@ def _configured_eos(model: PreTrainedModel) -> list[int]:
 
 
 def drop_language_head(model: PreTrainedModel) -> None:
-    """Free the output embedding of a trunk that no ``lm`` role reads, unless the input embedding is the same."""
+    """Free the output embedding of a trunk that no ``lm`` role uses, unless the input embedding is the same."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head.weight is not embedding.weight:
         model.set_output_embeddings(nn.Identity())
 
 
-def _sets_of_trunk(
+def _adapters_of_trunk(
     layout: Layout, trunk: str, lora: LoraArgs | None, loaded: Mapping[str, Adapter], start: Adapter | None
 ) -> dict[str, LoraArgs | Adapter]:
-    """Return the LoRA sets that a trunk carries: settings of those to train, tensors of those to read.
+    """Return the adapters that a trunk carries: settings of those to train, tensors of the frozen ones.
 
     Raises:
-        ValueError: There are no settings for a set to train, or a DoRA set would lie on another set.
+        ValueError: There are no settings for an adapter to train, or a DoRA adapter would lie on another one.
     """
     sets: dict[str, LoraArgs | Adapter] = {}
     for name in layout.adapters(trunk):
         if name in loaded:
             sets[name] = loaded[name]
         elif lora is None:
-            raise ConfigError(f"the layout trains LoRA set {name!r}, but no lora settings were given")
+            raise ConfigError(f"the layout trains adapter {name!r}, but no lora settings were given")
         else:
             sets[name] = lora.for_adapter(name)
     if start is not None:
         for name, entry in sets.items():
             if (entry if isinstance(entry, LoraArgs) else entry.args).use_dora:
                 raise ConfigError(
-                    f"DoRA set {name!r} needs plain weights, but on a quantised trunk earlier stages stay LoRA sets; "
-                    "export the checkpoint with `--format merged` and give that folder as `model`"
+                    f"DoRA adapter {name!r} needs plain weights, but on a quantized trunk earlier stages stay "
+                    "adapters; export the checkpoint with `--format merged` and give that folder as `model`"
                 )
         sets[START_ADAPTER] = start
     return sets

@@ -1,4 +1,4 @@
-"""What can be refused before any weights load: from configs, tokenizers and the rows' lengths."""
+"""What can be refused before any weights load, from configs, tokenizers and the rows' lengths."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -19,7 +19,7 @@ def vocabulary(config: PretrainedConfig) -> int:
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """Return the most tokens the model can read, None where its config states no limit."""
+    """Return the model's longest sequence in tokens, None where its config states no limit."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
@@ -31,14 +31,14 @@ def check_model(
     largest_id: Callable[[], int] = lambda: 0,
     parents: Mapping[str, StageCheckpoint] = MappingProxyType({}),
 ) -> None:
-    """Refuse a model that cannot read what it is going to be given; reads its config, no weights.
+    """Refuse a model that cannot process the run's data; loads its config, no weights.
 
     Args:
         spec: Where its weights come from.
         tokenizer: The tokenizer of the run.
         longest: Tokens of the longest prompt or whole sequence of the data.
-        response_length: Most tokens that are sampled behind it.
-        largest_id: Returns the largest token id of the data; asked only where it matters.
+        response_length: Maximum number of tokens sampled after it.
+        largest_id: Returns the largest token id of the data; called only where it matters.
         parents: The checkpoints that the run starts from, by their paths; see :class:`lit_rlhf.backbone.Stages`.
 
     Raises:
@@ -56,7 +56,7 @@ def check_model(
 
 
 def check_length(limit: int | None, longest: int, response_length: int) -> None:
-    """Refuse sequences longer than the model reads: beyond its positions it fails or says something meaningless.
+    """Refuse sequences beyond the model's context: there it fails or gives meaningless results.
 
     Raises:
         ValueError: They are; the lengths are named.
@@ -64,7 +64,7 @@ def check_length(limit: int | None, longest: int, response_length: int) -> None:
     if limit is not None and longest + response_length > limit:
         sampled = f" and {response_length} sampled ones" if response_length else ""
         raise ConfigError(
-            f"the longest sequence has {longest} tokens{sampled}, but the model reads {limit} tokens at most. Shorten "
+            f"the longest sequence has {longest} tokens{sampled}, but the model's context is {limit} tokens. Shorten "
             + (
                 "the prompts or the responses (max_prompt_length, max_new_tokens)"
                 if sampled
@@ -78,7 +78,7 @@ def _check_ids(
 ) -> None:
     if len(tokenizer) <= size:
         return
-    # Tokenizers may list tokens that the model was never resized for; only those in use do harm.
+    # Tokenizers may list tokens that the model was never resized for; only those in use matter.
     special: list[int | None] = [tokenizer.pad_token_id, tokenizer.eos_token_id]
     largest = max(largest_id(), *(i for i in special if i is not None))
     if largest >= size:

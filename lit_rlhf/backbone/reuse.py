@@ -1,4 +1,4 @@
-"""One forward pass with its graph, kept to be used again."""
+"""One forward pass with its graph, kept for reuse."""
 
 from collections.abc import Sequence
 from typing import TypedDict
@@ -14,7 +14,7 @@ class PassOptions(TypedDict, total=False):
 
 
 class RecordedPass:
-    """Keeps what roles read of one batch, with the graph, and hands it out once, to that very batch."""
+    """Keeps roles' outputs for one batch, with the graph, and returns them once, for that very batch."""
 
     def __init__(self) -> None:
         self._kept: tuple[tuple[str, ...], Tensor, PassOptions, dict[str, Tensor]] | None = None
@@ -29,7 +29,7 @@ class RecordedPass:
     def take(self, roles: Sequence[str], tokens: Tensor, options: PassOptions) -> dict[str, Tensor] | None:
         """Return the outputs if they are of these roles, this very tensor and these options; else None.
 
-        Either way nothing is kept any longer: the pass is older than the next update.
+        Either way they are no longer kept: after the next update they would be out of date.
         """
         kept, self._kept = self._kept, None
         if kept is None or kept[0] != tuple(roles) or kept[1] is not tokens or kept[2] != options:

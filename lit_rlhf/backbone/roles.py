@@ -1,4 +1,4 @@
-"""Roles and layouts as data: which trunk, adapter and head each role reads.
+"""Roles and layouts as data: which trunk, adapter and head each role uses.
 
 A layout is one table entry. Algorithms name roles only, so that the same algorithm runs on every layout.
 """
@@ -15,15 +15,15 @@ from lit_rlhf.renamed import renamed
 HeadName = Literal["lm", "reward", "value"]
 ArtifactName = Literal["policy", "reward"]
 
-# Algorithms read these roles through these heads; other role names are free.
+# Algorithms use these roles with these heads; other role names are free.
 HEAD_OF_ROLE: dict[str, HeadName] = {"actor": "lm", "reference": "lm", "critic": "value", "reward": "reward"}
-# The adapter that holds what earlier stages trained, where a quantized trunk cannot take it into its weights.
+# The adapter that holds what earlier stages trained, where it cannot be merged into a quantized trunk.
 START_ADAPTER = "start"
 
 
 @dataclass(frozen=True)
 class Role:
-    """What one role reads.
+    """What one role uses.
 
     Args:
         trunk: Name of the trunk (a whole transformer).
@@ -53,14 +53,14 @@ class Trunk:
 
 @dataclass(frozen=True)
 class Layout:
-    """Roles, the trunks they read, and the heads that are trained.
+    """Roles, the trunks they use, and the heads that are trained.
 
     Args:
-        roles: Role name to :class:`Role`. ``actor`` and ``reference`` read the head ``lm``, ``critic`` reads
-            ``value``, ``reward`` reads ``reward``; other role names are free.
-        trunks: Trunk name to :class:`Trunk`; exactly those the roles read.
+        roles: Role name to :class:`Role`. ``actor`` and ``reference`` use the head ``lm``, ``critic`` uses ``value``,
+            ``reward`` uses ``reward``; other role names are free.
+        trunks: Trunk name to :class:`Trunk`; exactly those the roles use.
         trained_heads: Scalar heads that receive gradients.
-        loaded_adapters: Adapters that are not trained here but read, frozen, from the reward checkpoint.
+        loaded_adapters: Adapters that are not trained here but loaded, frozen, from the reward checkpoint.
 
     Raises:
         ValueError: The parts contradict each other; everything wrong is listed.
@@ -93,7 +93,7 @@ class Layout:
         return [name for name, trunk in self.trunks.items() if trunk.trained]
 
     def restricted_to(self, roles: Collection[str]) -> "Layout":
-        """Return the layout with only these roles, and only the trunks they read.
+        """Return the layout with only these roles, and only the trunks they use.
 
         Raises:
             KeyError: A role is not in this layout.
@@ -118,7 +118,7 @@ class Layout:
 
 
 def _shape_problems(layout: Layout) -> list[str]:
-    """Return what is wrong with the parts themselves: kinds, names, references to what is not there."""
+    """Return what is wrong with the parts themselves: kinds, names, missing references."""
     roles, trunks = layout.roles, layout.trunks
     found = [f"role {n!r} must be a Role, got {type(r).__name__}" for n, r in roles.items() if not isinstance(r, Role)]
     found += [
@@ -130,53 +130,53 @@ def _shape_problems(layout: Layout) -> list[str]:
         found.append("it has no roles")
     used = {role.trunk for role in roles.values()}
     if used != set(trunks):
-        found.append(f"roles read the trunks {sorted(used)}, but trunks lists {sorted(trunks)}")
-    sets = {role.adapter for role in roles.values() if role.adapter is not None}
-    for kind, names in (("trunk", sorted(used)), ("LoRA set", sorted(sets))):
+        found.append(f"roles use the trunks {sorted(used)}, but trunks lists {sorted(trunks)}")
+    adapters = {role.adapter for role in roles.values() if role.adapter is not None}
+    for kind, names in (("trunk", sorted(used)), ("adapter", sorted(adapters))):
         for name in names:
             # They become parts of parameter names.
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name.startswith("lora_"):
                 found.append(f"{kind} name {name!r} must be letters, digits and '_', and not begin with 'lora_'")
-    if START_ADAPTER in sets:
+    if START_ADAPTER in adapters:
         found.append(
-            f"a LoRA set cannot be called {START_ADAPTER!r}: quantized trunks keep earlier stages under that name"
+            f"an adapter cannot be called {START_ADAPTER!r}: quantized trunks keep earlier stages under that name"
         )
     for name, role in roles.items():
         if role.head not in get_args(HeadName):
-            found.append(f"role {name!r} reads head {role.head!r}; heads are {', '.join(get_args(HeadName))}")
+            found.append(f"role {name!r} has head {role.head!r}; heads are {', '.join(get_args(HeadName))}")
         elif role.head != HEAD_OF_ROLE.get(name, role.head):
-            found.append(f"role {name!r} must read head {HEAD_OF_ROLE[name]!r}, not {role.head!r}")
+            found.append(f"role {name!r} must have head {HEAD_OF_ROLE[name]!r}, not {role.head!r}")
     for name, trunk in trunks.items():
         if trunk.artifact not in get_args(ArtifactName):
             found.append(f"trunk {name!r} starts from {trunk.artifact!r}; artifacts are policy, reward")
     if unknown := sorted(layout.trained_heads - {"reward", "value"}):
         found.append(f"trained_heads lists {unknown}; only the scalar heads reward and value can be listed")
-    if unread := sorted(layout.loaded_adapters - sets):
-        found.append(f"loaded_adapters lists {unread}, which no role reads")
+    if unread := sorted(layout.loaded_adapters - adapters):
+        found.append(f"loaded_adapters lists {unread}, which no role uses")
     return found
 
 
 def _meaning_problems(layout: Layout) -> list[str]:
-    """Return what is wrong with a well-formed layout: it would train something, but not what it says."""
+    """Return what is wrong with a well-formed layout: it would train something other than it says."""
     found = []
     for name, role in layout.roles.items():
         trained_trunk = layout.trunks[role.trunk].trained
         if role.adapter is not None and trained_trunk:
-            found.append(f"role {name!r} puts LoRA set {role.adapter!r} on a trained trunk")
+            found.append(f"role {name!r} puts adapter {role.adapter!r} on a trained trunk")
         moves = trained_trunk or role.adapter in layout.trained_adapters
         if moves and name == "reference":
-            found.append("role 'reference' reads weights that are trained: the KL penalty would chase its own policy")
+            found.append("role 'reference' uses weights that are trained: the KL penalty would chase its own policy")
         if moves and name == "reward" and "reward" not in layout.trained_heads:
-            found.append("role 'reward' reads a fixed head on weights that are trained: its scores would drift")
+            found.append("role 'reward' uses a fixed head on weights that are trained: its scores would drift")
         if role.adapter in layout.loaded_adapters and layout.trunks[role.trunk].artifact != "policy":
             found.append(
-                f"role {name!r} reads the reward model's adapter {role.adapter!r} on trunk {role.trunk!r}, which "
+                f"role {name!r} uses the reward model's adapter {role.adapter!r} on trunk {role.trunk!r}, which "
                 "starts from the reward model and holds it already; that trunk must start from policy"
             )
     return found
 
 
-# The table of METHODS.md: one entry a layout.
+# The layouts of Santacroce et al. 2023 (arXiv:2309.00754), and PE-RLHF's (``pe``, arXiv:2403.10704).
 LAYOUTS: dict[str, Layout] = {
     "full": Layout(
         roles={
@@ -247,7 +247,7 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def supervised_layout(heads: Mapping[str, HeadName], lora: bool) -> Layout:
-    """Return the layout of a supervised stage: one trunk, read by every role in one pass.
+    """Return the layout of a supervised stage: one trunk that every role uses in one pass.
 
     Args:
         heads: Role name to head, such as ``{"actor": "lm", "reward": "reward"}`` for Hydra-SFT.
@@ -283,7 +283,7 @@ def find_layout(name: str) -> Layout:
         module = import_module(path)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{path}.".startswith(f"{error.name}."):
-            raise  # the module is there; something that it imports is not
+            raise  # the module exists; something that it imports does not
         raise ConfigError(f"layout {name!r}: no module named {error.name!r} (searched sys.path)") from error
     if not hasattr(module, attribute):
         own = sorted(key for key, value in vars(module).items() if isinstance(value, Layout))

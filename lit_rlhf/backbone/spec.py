@@ -14,7 +14,7 @@ from lit_rlhf.checkpoints.records import FORMAT, shorten
 
 @dataclass
 class BackboneSpec:
-    """Everything that says where a backbone's weights come from; plain data, saved in every checkpoint.
+    """Where a backbone's weights come from; plain data, saved in every checkpoint.
 
     Args:
         model: Base model name (see :func:`lit_rlhf.backbone.loading.resolve_source`).
@@ -26,7 +26,7 @@ class BackboneSpec:
         fingerprints: What these checkpoints held when the stage started from them, by absolute path.
         quantization: Keep the linear layers of the frozen trunks in 8 (``int8``) or 4 bits (``nf4``); needs
             bitsandbytes and a CUDA device. Adapters of earlier stages stay beside the trunk, frozen and exact, since
-            added to coarsely rounded weights they would be lost. Exports add all adapters to the plain weights.
+            merging them into coarsely rounded weights would lose them. Exports add all adapters to the plain weights.
     """
 
     model: str
@@ -100,7 +100,7 @@ def read_layout(plain: Mapping[str, Any]) -> Layout:
 
 
 def layout_names(plain: Mapping[str, Any]) -> list[str]:
-    """Return the layouts of the table that a record's layout is, as far as its roles go; none for one's own."""
+    """Return the names of the layouts that equal a record's, as far as its roles go; none for a custom one."""
     roles = list(plain["roles"])
     known = {name: layout for name, layout in LAYOUTS.items() if set(roles) <= set(layout.roles)}
     return [name for name, layout in known.items() if _plain_layout(layout.restricted_to(roles)) == plain]

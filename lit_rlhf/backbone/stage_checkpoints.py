@@ -1,4 +1,4 @@
-"""Reading what an earlier stage wrote: the weights that role R of checkpoint C reads.
+"""Reading what an earlier stage wrote: the weights that role R of checkpoint C uses.
 
 A stage checkpoint holds only what was trained. The frozen rest is found again through the record that every
 checkpoint carries: the base model's name and the checkpoints that the stage itself started from.
@@ -49,14 +49,14 @@ class TrunkWeights:
     stages: tuple[Trained, ...] = ()
 
     def load(self, dtype: DType, quantization: Quantization | None = None) -> RoleModel:
-        """Load the base model, once, and bring it to where the last stage left it.
+        """Load the base model, once, and apply what each stage trained.
 
         Args:
             dtype: Dtype of the weights.
             quantization: Quantize the linear layers, as soon as no later stage trained them in full.
 
         Returns:
-            The model, and beside it the adapters that were trained since its weights last were.
+            The model, and the adapters trained since its own weights were last trained.
 
         Raises:
             ValueError: The tensors of a stage do not fit the model.
@@ -98,7 +98,7 @@ class StageReader:
     """Reads the checkpoints of a chain of stages, each file once, its tensors mapped lazily."""
 
     def __init__(self) -> None:
-        # The files' contents, not checkpoints, which refer to this reader: in a circle tensors would outlive their use.
+        # The files' contents, not checkpoints, which refer to this reader: a reference cycle would keep tensors alive.
         self._read: dict[Path, _Contents] = {}
 
     def read(self, path: str | Path) -> "StageCheckpoint":
@@ -125,8 +125,8 @@ class StageReader:
         expected = spec.fingerprints.get(str(Path(path).resolve()))
         if expected is not None and stage.fingerprint != expected:
             raise ConfigError(
-                f"checkpoint {path} was replaced after a later stage was trained on it; that stage's weights mean "
-                "nothing on the new file. Restore the old one, or train the later stage again"
+                f"checkpoint {path} was replaced after a later stage was trained on it; that stage's weights do not "
+                "fit the new file. Restore the old one, or train the later stage again"
             )
         return stage
 
@@ -199,7 +199,7 @@ class StageCheckpoint:
         return {key.removeprefix(prefix): value for key, value in self.state.items() if key.startswith(prefix)}
 
     def adapter(self, role: str) -> Adapter | None:
-        """Return the adapter that a role reads, None where it reads the trunk alone.
+        """Return the adapter that a role uses, None where it uses the trunk alone.
 
         Raises:
             ValueError: The checkpoint has no such role.
@@ -218,7 +218,7 @@ class StageCheckpoint:
         return Adapter(self.spec.lora.for_adapter(where.adapter), tensors)
 
     def weights(self, role: str) -> TrunkWeights:
-        """Return the weights that a role reads, found through the chain of stages.
+        """Return the weights that a role uses, found through the chain of stages.
 
         Raises:
             ValueError: The checkpoint has no such role, or see :meth:`StageReader.weights`.
@@ -236,7 +236,7 @@ class StageCheckpoint:
         return TrunkWeights(start.model, (*start.stages, Trained(self.path, part, trained)))
 
     def role_model(self, role: str, dtype: DType | None = None, quantization: Quantization | None = None) -> RoleModel:
-        """Load the language model that a role reads.
+        """Load the language model that a role uses.
 
         Args:
             role: Role name, such as ``actor`` or ``reward``.

@@ -22,7 +22,7 @@ class Stages:
         layout: The run's layout.
         parents: The checkpoints that the run starts from, by the paths of ``spec``.
         trunks: Trunk name to the weights it starts from.
-        reward_adapter: The reward model's adapter, where the layout reads it beside its own.
+        reward_adapter: The reward model's adapter, where the layout uses it beside its own.
         reward_head: Tensors of the trained reward head that scalar heads start from; None starts them at zero.
     """
 
@@ -67,12 +67,12 @@ def read_stages(spec: BackboneSpec, layout: Layout) -> Stages:
 
 
 def _reward_adapter(spec: BackboneSpec, parents: dict[str, StageCheckpoint]) -> Adapter:
-    """Return the reward model's adapter; it means something on the weights it was trained on alone."""
+    """Return the reward model's adapter; it is valid only on the weights it was trained on."""
     stage = parents.get(spec.reward_checkpoint or "")
     adapter = None if stage is None else stage.adapter("reward")
     if stage is None or adapter is None:
         raise ConfigError(
-            "this layout (of the table: pe) reads the reward model as a LoRA set: give reward_checkpoint a "
+            "this layout (of the table: pe) uses the reward model as an adapter: give reward_checkpoint a "
             "RewardModel that was trained with lora on the same policy_checkpoint, as in experiments/pe_rlhf"
         )
     theirs, ours = stage.spec.policy_checkpoint, spec.policy_checkpoint
@@ -84,11 +84,11 @@ def _reward_adapter(spec: BackboneSpec, parents: dict[str, StageCheckpoint]) -> 
 def _check_reward_head(spec: BackboneSpec, layout: Layout, stage: StageCheckpoint | None) -> None:
     """Refuse a layout without a reward head, or with one on a trunk that the head was not trained on.
 
-    On another trunk its scores would look right and mean nothing.
+    On another trunk its scores would look right but be meaningless.
 
     Args:
         spec: Where weights start.
-        layout: A layout whose reward role reads a head that is not trained here.
+        layout: A layout whose reward role uses a head that is not trained here.
         stage: The checkpoint that the reward head comes from, None where there is none.
     """
     where = layout.roles["reward"]
@@ -102,13 +102,13 @@ def _check_reward_head(spec: BackboneSpec, layout: Layout, stage: StageCheckpoin
     roles = stage.layout.roles
     fits = "reward" in roles
     if fits and on_policy_trunk:
-        # The role reads what the policy starts from, so one stage must have trained both in one pass.
+        # The role uses what the policy starts from, so one stage must have trained both in one pass.
         passes = {(role.trunk, role.adapter) for name, role in roles.items() if name in ("actor", "reward")}
         paths = {absolute(path) for path in (spec.policy_checkpoint, spec.checkpoint_of("reward")) if path}
         fits = spec.policy_checkpoint is not None and len(paths) == 1 and "actor" in roles and len(passes) == 1
     if not fits:
         raise ConfigError(
             f"the reward head of {stage.path} was trained on another trunk than the one this layout "
-            "reads: give policy_checkpoint the Hydra-SFT checkpoint that holds both and leave reward_checkpoint "
+            "uses: give policy_checkpoint the Hydra-SFT checkpoint that holds both and leave reward_checkpoint "
             "out, or choose a layout with a reward trunk (full, lora, dynamic_lora)"
         )

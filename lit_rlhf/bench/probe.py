@@ -88,12 +88,13 @@ class WorkCounter(TorchDispatchMode):
 
 
 def decode_bytes(backbone: Backbone, workload: Workload, work: Mapping[str, float]) -> float:
-    """Return the bytes a sample that generation has to read: the weights every step, and half the full KV cache a row.
+    """Return the bytes per sample that generation must read: the weights every step, and half the full KV cache per
+    row.
 
     Args:
         backbone: Its actor generates.
         workload: Lengths and dtype.
-        work: Generation's counts a sample.
+        work: Generation's counts per sample.
     """
     where = backbone.role("actor")
     model = backbone.language_model(where.trunk)
@@ -142,13 +143,13 @@ def probe(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 def roofline(
     speeds: Mapping[str, float], work: Mapping[str, Mapping[str, float]], decoded: float, seconds: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Return the least seconds a sample that the machine allows by phase, and their share of the measured ones.
+    """Return the fewest seconds per sample that the machine allows, by phase, and their share of the measured ones.
 
     Args:
         speeds: See :func:`probe`.
         work: See :meth:`WorkCounter.per_sample`.
-        decoded: Bytes a sample that generation has to read.
-        seconds: Measured seconds a sample by phase.
+        decoded: Bytes per sample that generation must read.
+        seconds: Measured seconds per sample by phase.
 
     Returns:
         The speeds, ``seconds`` (generation: the larger of FLOPs and bytes; the others: FLOPs) and ``fraction``.

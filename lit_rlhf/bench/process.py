@@ -1,4 +1,4 @@
-"""Runs measurements, each in a fresh process, so that no run's memory holds what another one left."""
+"""Runs measurements, each in a fresh process, so that no run's memory contains leftovers of another."""
 
 import json
 import os
@@ -29,10 +29,10 @@ def measure_one(layout: str, algorithm: str, workload: Workload) -> dict[str, An
 def measure_alternating(
     configurations: Sequence[tuple[str, str]], workload: Workload, rounds: int
 ) -> list[dict[str, Any]]:
-    """Measure (layout, algorithm) pairs in turn; odd rounds run backwards, so that a drifting machine favours none.
+    """Measure (layout, algorithm) pairs in turn; odd rounds run backwards, so that a drifting machine favors none.
 
     Returns:
-        One result a run, in the order they ran, each with its ``round``.
+        One result per run, in the order they ran, each with its ``round``.
 
     Raises:
         BenchmarkError: A run failed; its own message is in the text.
@@ -62,21 +62,23 @@ def write_shape(name: str, folder: Path) -> str:
     from lit_rlhf.planner import SHAPES, load_config
 
     if name not in SHAPES:
-        raise ConfigError(f"random_weights: no shape {name!r}; there are {', '.join(SHAPES)}. For a config of your own "
-                         "give --model random:FOLDER")  # fmt: skip
+        raise ConfigError(
+            f"random_weights: unknown shape {name!r}; choose from {', '.join(SHAPES)}. For your own config, give "
+            "--model random:FOLDER"
+        )
     load_config(name).save_pretrained(folder)
     load_tokenizer("random:tiny").save_pretrained(folder)
     return f"random:{folder}"
 
 
 def run_child(task: dict[str, Any]) -> dict[str, Any]:
-    """Run one task of :mod:`lit_rlhf.bench.run` in a process of its own and return its result.
+    """Run one task of :mod:`lit_rlhf.bench.run` in its own process and return its result.
 
     Raises:
         BenchmarkError: It failed.
     """
     command = [sys.executable, "-m", "lit_rlhf.bench.run", json.dumps(task)]
-    # A console script has no working directory on its path; own layouts and algorithms lie there.
+    # A console script has no working directory on its path; custom layouts and algorithms are found there.
     paths = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
     child = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

@@ -20,7 +20,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def show(values: Spread, digits: int = 3) -> str:
-    """Return ``median (smallest-largest)``, or the value alone where they are one."""
+    """Return ``median (smallest-largest)``, or the value alone where all are equal."""
     middle, low, high = values
     return f"{middle:.{digits}f}" if low == high else f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 

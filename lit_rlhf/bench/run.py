@@ -42,7 +42,7 @@ def adamw(parameters: ParamsT) -> torch.optim.Optimizer:
 
 
 def stage_of(layout: str) -> str:
-    """Return the file of the stage that a layout's reward role reads: a reward model, or a Hydra-SFT."""
+    """Return the file of the stage that a layout's reward role uses: a reward model, or a Hydra-SFT."""
     table = find_layout(layout)
     own_reward = table.loaded_adapters or any(trunk.artifact == "reward" for trunk in table.trunks.values())
     return REWARD if own_reward else HYDRA
@@ -51,7 +51,7 @@ def stage_of(layout: str) -> str:
 def write_stages(layouts: list[str], workload: Workload, folder: Path) -> None:
     """Write the untrained stages that these layouts start from.
 
-    Only LoRA sets and heads reach the disk: merged into the base model on loading, they are full models in memory.
+    Only adapters and heads are written to disk: merged into the base model on loading, they are full models in memory.
     """
     for name in {stage_of(layout) for layout in layouts}:
         kind = RewardModel if name == REWARD else HydraSFT
@@ -113,12 +113,14 @@ def find_algorithm(name: str) -> type[OnPolicyModule]:
     try:
         found = getattr(import_module(path) if path else algorithms, attribute, None)
     except ModuleNotFoundError as error:
-        if not f"{path}.".startswith(f"{error.name}."):  # the module is there, what it imports is not
+        if not f"{path}.".startswith(f"{error.name}."):  # the module exists, what it imports does not
             raise
         raise ConfigError(f"algorithm {name!r}: no module named {error.name!r} (searched sys.path)") from error
     if not (isinstance(found, type) and issubclass(found, OnPolicyModule)):
         known = [n for n in algorithms.__all__ if issubclass(getattr(algorithms, n), OnPolicyModule)]
-        raise ConfigError(f"{name!r} is no on-policy algorithm; there are {', '.join(known)}, or give an import path")
+        raise ConfigError(
+            f"{name!r} is not an on-policy algorithm; choose from {', '.join(known)}, or give an import path"
+        )
     return found
 
 
@@ -126,7 +128,7 @@ def make_module(layout: str, algorithm: str, workload: Workload, folder: Path) -
     """Return the module to measure, its weights not loaded yet.
 
     Raises:
-        ConfigError: The workload is longer than the model reads, or the layout or algorithm is unknown.
+        ConfigError: The workload exceeds the model's context, or the layout or algorithm is unknown.
     """
     check_length(context_length(read_config(workload.model)), workload.prompt_length, workload.response_length)
     stage = stage_of(layout)
@@ -172,7 +174,7 @@ class Recorder(PhaseListener):
         self.meter.reset()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget what loading took."""
+        """Discard what loading took."""
         self.meter = self.meter or (CudaMeter() if pl_module.device.type == "cuda" else HostMeter())
         self._boundary("loading")
         gc.collect()
@@ -208,7 +210,7 @@ class Recorder(PhaseListener):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Note what is kept: weights, gradients, optimizer state, rollout."""
+        """Record what is kept: weights, gradients, optimizer state, rollout."""
         now = bytes_by_kind(pl_module, trainer.optimizers)
         self.held = {kind: max(size, self.held.get(kind, 0)) for kind, size in now.items()}
 
@@ -281,7 +283,7 @@ def run_task(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the task given as JSON; print its result, or an error of the user's making, as one line of JSON."""
+    """Run the task given as JSON; print its result, or an error that the user can fix, as one line of JSON."""
     silence_warnings()
     warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
     try:

@@ -23,8 +23,8 @@ class Workload:
         inner_epochs: Passes over each rollout.
         samples_per_prompt: Responses to each prompt; None is the algorithm's own default.
         updates: Measured iterations; one before them warms up.
-        precision: Dtype of the trunks. LoRA sets and heads are float32.
-        lora_r: Rank of the LoRA sets, on all linear layers.
+        precision: Dtype of the trunks. Adapters and heads are float32.
+        lora_r: Rank of the adapters, on all linear layers.
         gradient_checkpointing: Recompute activations in backward.
         compile_layers: Compile the decoder layers for scoring and training.
         accelerator: Lightning's: auto, cpu, gpu.

@@ -7,7 +7,7 @@ from lit_rlhf.errors import ConfigError
 
 
 def bench(layout: str = "hydra", algorithm: str = "PPO", json: bool = False, **kwargs: Any) -> None:
-    """Measure one configuration: seconds a sample and peak memory by phase, passes, FLOPs, share of the roofline.
+    """Measure one configuration: seconds per sample and peak memory by phase, passes, FLOPs, share of the roofline.
 
     Args:
         layout: A layout's name, or the import path of your own.

@@ -27,10 +27,11 @@ def export(
     Args:
         checkpoint: The ``.ckpt`` file of any stage.
         out: Folder to write; must not exist.
-        format: ``peft`` writes an adapter that ``peft.PeftModel.from_pretrained`` loads on the base model (LoRA sets of
-            several stages are summed into one, exactly; DoRA sets of several stages have no sum and need ``merged``);
-            ``merged`` writes a model for ``AutoModelForCausalLM.from_pretrained``. After training on a quantized
-            trunk, the adapter is exact on the base model quantized alike; ``merged`` adds it to the plain weights.
+        format: ``peft`` writes an adapter that ``peft.PeftModel.from_pretrained`` loads on the base model (adapters of
+            several stages are summed into one, exactly; DoRA adapters of several stages have no sum and need
+            ``merged``); ``merged`` writes a model for ``AutoModelForCausalLM.from_pretrained``. After training on a
+            quantized trunk, the adapter is exact on the base model quantized in the same way; ``merged`` adds it to the
+            plain weights.
         role: The role to write. A scalar head that the checkpoint trained is added as ``heads.safetensors``.
     """
     from safetensors.torch import save_file

@@ -22,14 +22,14 @@ def generate(
     batch_size: int = 16,
     out: str | None = None,
 ) -> None:
-    """Sample one response a prompt.
+    """Sample one response per prompt.
 
     Args:
         source: A ``.ckpt`` file, a folder written by ``lit-rlhf export``, or a model name.
         prompt: Prompt text; give several with ``--prompt+``.
         prompts: A JSONL file (plain or .gz) with a ``prompt`` field, text or chat messages.
         chat: Put each prompt text into the tokenizer's chat template as a user message.
-        role: The role to read from a checkpoint.
+        role: The role to load from a checkpoint.
         greedy: Take the most probable token instead of sampling.
         max_new_tokens: Longest response.
         temperature: Divides the logits.

@@ -18,7 +18,7 @@ def load_source(source: str, role: str = "actor") -> tuple[PreTrainedModel, PreT
 
     Args:
         source: A ``.ckpt`` file, a folder written by ``lit-rlhf export``, or a model name.
-        role: The role to read from a checkpoint.
+        role: The role to load from a checkpoint.
 
     Returns:
         The language model (LoRA layers inside, not merged, where there are any) and its tokenizer.
@@ -47,7 +47,7 @@ def load_source(source: str, role: str = "actor") -> tuple[PreTrainedModel, PreT
 
 
 def has_tokenizer(folder: str) -> bool:
-    """Say whether a folder holds a tokenizer of its own."""
+    """Return whether a folder holds its own tokenizer."""
     return (Path(folder) / "tokenizer_config.json").is_file()
 
 
@@ -59,7 +59,7 @@ def complete(
     greedy: bool = False,
     batch_size: int = 16,
 ) -> list[str]:
-    """Return one response text a prompt, in order.
+    """Return one response text per prompt, in order.
 
     Args:
         model: The language model.
@@ -70,7 +70,7 @@ def complete(
         batch_size: Prompts decoded at once.
 
     Raises:
-        ConfigError: A prompt and its response are longer than the model reads.
+        ConfigError: A prompt and its response exceed the model's context.
     """
     records = [Prompt(prompt, {}, f"prompt {index + 1}") for index, prompt in enumerate(prompts)]
     examples = tokenize_prompts(records, tokenizer, TokenizeOptions(max_prompt_length=sys.maxsize))

@@ -34,20 +34,20 @@ def memory(
             training accepts; only its config is read.
         layout: Layouts to compare: ``all``, a name or import path, or several: ``--layout "[hydra, lora]"``.
         algorithm: ``ppo`` and ``reinforce`` have a critic, the others none.
-        batch_size: Sequences in one minibatch, a device.
-        rollout_batch_size: Sequences generated and scored at once, a device; the default is ``batch_size``.
+        batch_size: Sequences in one minibatch, per device.
+        rollout_batch_size: Sequences generated and scored at once, per device; the default is ``batch_size``.
         prompt_length: Tokens that prompts are padded to.
         response_length: Tokens of a response.
-        lora_rank: Rank of the LoRA sets.
+        lora_rank: Rank of the adapters.
         lora_targets: Modules that carry LoRA: ``all-linear``, names, or a regular expression.
-        precision: Dtype of the trunks. LoRA sets, heads and their optimizer state are float32.
+        precision: Dtype of the trunks. Adapters, heads and their optimizer state are float32.
         gradient_checkpointing: Recompute activations in backward.
         samples_per_prompt: Sampled responses that share the pass over their prompt; None is the algorithm's default.
         reward_function: Rewards come from a Python function: no reward model in memory.
-        accumulate_grad_batches: Minibatches to one optimizer step.
+        accumulate_grad_batches: Minibatches per optimizer step.
         adamw: Implementation of the optimizer's step; torch takes ``foreach`` on CUDA, which needs a copy of the
             trained parameters for a moment.
-        devices: Number of devices; sizes are a device's.
+        devices: Number of devices; sizes are per device.
         strategy: ``ddp`` copies everything, ``fsdp2`` shards.
         fit: Memory of a device, such as ``24GiB``: also find the largest batch that fits.
         json: Print one JSON object instead of the table.

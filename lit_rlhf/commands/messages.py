@@ -1,4 +1,5 @@
-"""What the command line says of a user's error: the cause, in one line or few, instead of a listing or a traceback."""
+"""Messages for users' errors on the command line: the cause, in one line or few, instead of a listing or a
+traceback."""
 
 import difflib
 import inspect
@@ -12,12 +13,12 @@ import yaml
 import lit_rlhf
 from lit_rlhf.errors import ConfigError
 
-# jsonargparse tells of every branch of a Union; these lines hold no cause.
+# jsonargparse reports every branch of a Union; these lines hold no cause.
 NO_CAUSE = ("Does not validate against", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
-# Where a class or a number is wrong, neither do these.
+# Where a class or a number is wrong, these do not either.
 OTHER_BRANCH = ("Expected a <class", "Expected a path but", "Expected a List")
 WRONG_VALUE = (
-    "no class is called",
+    "unknown class",
     "No module named",
     "has no attribute",
     "does not correspond to a subclass",
@@ -27,10 +28,10 @@ WRONG_VALUE = (
 
 
 def parser_message(message: str) -> str:
-    """Return the way to the wrong setting and what is wrong with it, of what jsonargparse says.
+    """Return where the wrong setting is and what is wrong with it, from jsonargparse's message.
 
     Args:
-        message: Its message, which tells of every type that the setting could have had.
+        message: Its message, which reports every type that the setting could have had.
     """
     lines = [_reworded(line) for line in _plain_values(message).splitlines() if line.strip()]
     kept = [line for line in lines if not _begins(line, NO_CAUSE)] or lines
@@ -42,7 +43,7 @@ def parser_message(message: str) -> str:
 
 
 def _plain_values(message: str) -> str:
-    """Say of a number or a class that is neither (torch's ``lr``: float or Tensor) that it is not the number."""
+    """Where a number or a class is expected (torch's ``lr``: float or Tensor), report only the missing number."""
     both = r"Expected a <class '(?:int|float)'>\n( *)- Expected a dot import path string: (.+)"
     return re.sub(both, r"expected a number, not '\2'", message)
 
@@ -57,27 +58,27 @@ def _reworded(line: str) -> str:
     if found := re.search(r"Expected a dot import path string: (.+)$", line):
         name = found[1]
         from lightning.pytorch import callbacks, loggers
-        from lightning.pytorch.strategies import StrategyRegistry  # light commands do without Lightning until they err
+        from lightning.pytorch.strategies import StrategyRegistry  # light commands import Lightning only for an error
 
         if name in StrategyRegistry:
             kind = StrategyRegistry[name]["strategy"].__name__
             return f"{line[: found.start()]}{name!r} takes no options; put --trainer.strategy {kind} before them"
         near = difflib.get_close_matches(name, [*lit_rlhf.__all__, *callbacks.__all__, *loggers.__all__], 1)
         hint = f"did you mean {near[0]}?" if near else f"give its import path, such as my_module.{name}"
-        return f"{line[: found.start()]}no class is called {name!r}; {hint}"
+        return f"{line[: found.start()]}unknown class {name!r}; {hint}"
     if re.search(r"Option '.+' is not accepted", line):
         return f"{line.rstrip('.')}; `lit-rlhf fit --model.help CLASS` (or --data.help) lists what is"
     return line
 
 
 def check_files(command: str, paths: list[str]) -> None:
-    """Refuse configuration files that hold no settings, or settings of something that is not there.
+    """Refuse configuration files that hold no settings, or unknown sections.
 
     jsonargparse does not name the file, and lets an unknown key with an empty mapping pass.
 
     Args:
         command: ``fit`` or another of the trainer's.
-        paths: Files; those that are not there are left to the parser.
+        paths: Files; missing ones are left to the parser.
 
     Raises:
         ConfigError: A file is not YAML, or holds an unknown section; the file is named.
@@ -98,4 +99,4 @@ def check_files(command: str, paths: list[str]) -> None:
         if not isinstance(content, dict):
             raise ConfigError(f"{path}: expected settings by name, found {type(content).__name__}")
         if unknown := [str(key) for key in content if str(key).split(".")[0].rstrip("+") not in known]:
-            raise ConfigError(f"{path}: there is no section {unknown[0]!r}; sections are {', '.join(sorted(known))}")
+            raise ConfigError(f"{path}: unknown section {unknown[0]!r}; sections are {', '.join(sorted(known))}")

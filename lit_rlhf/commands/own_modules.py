@@ -1,4 +1,4 @@
-"""What a user's own code is found by: the working directory, the folders of the YAML files, plugin packages."""
+"""Where a user's own code is found: the working directory, the folders of the YAML files, plugin packages."""
 
 import itertools
 import os
@@ -13,9 +13,9 @@ def config_files(args: list[str]) -> list[str]:
 
 
 def find_own_modules(args: list[str]) -> None:
-    """Put the working directory on the module path, and behind all else the folders of the given YAML files.
+    """Put the working directory on the module path, and after everything else the folders of the given YAML files.
 
-    A console script has neither; a user's own modules lie there.
+    A console script has neither; users keep their modules there.
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -25,7 +25,7 @@ def find_own_modules(args: list[str]) -> None:
 
 
 def load_plugins() -> None:
-    """Import the packages of the entry-point group ``lit_rlhf.plugins``; one that fails is named, and left out."""
+    """Import the packages of the entry-point group ``lit_rlhf.plugins``; one that fails is named and skipped."""
     for plugin in entry_points(group="lit_rlhf.plugins"):
         try:
             plugin.load()

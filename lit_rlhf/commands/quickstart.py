@@ -10,14 +10,14 @@ def quickstart(
     devices: int = 1,
     strategy: Literal["ddp", "fsdp2"] = "ddp",
 ) -> None:
-    """Align a small model with Hydra-RLHF and judge it by a scorer that training never saw.
+    """Align a small model with Hydra-RLHF and evaluate it with a scorer that training never saw.
 
     Args:
         out: Output folder; must not hold an earlier report.
         seed: Seed of training and sampling.
-        tiny: The same pipeline on a two-layer model from random initialisation, in under a minute.
+        tiny: The same pipeline on a two-layer model from random initialization, in under a minute.
         devices: Processes that share the training: batches and rollouts are divided among them.
-        strategy: How they do where there are several.
+        strategy: How they share it.
     """
     from lit_rlhf.commands.quickstart_pipeline import run_pipeline
 

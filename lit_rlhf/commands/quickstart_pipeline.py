@@ -32,19 +32,19 @@ class Plan:
 
     Args:
         model: Base model.
-        sft_lora: LoRA set of Hydra-SFT; None trains the whole trunk.
+        sft_lora: Adapter of Hydra-SFT; None trains the whole trunk.
         sft_steps: Optimizer steps of Hydra-SFT.
-        sft_batch: Preference pairs a step.
+        sft_batch: Preference pairs per step.
         sft_lr: Learning rate of Hydra-SFT.
         gamma: Weight of the preference loss in Hydra-SFT.
         iterations: PPO iterations.
-        rollout_size: Responses an iteration.
-        minibatch_size: Responses a step.
+        rollout_size: Responses per iteration.
+        minibatch_size: Responses per step.
         inner_epochs: Passes over a rollout.
-        ppo_lr: Learning rate of the actor's LoRA set.
-        critic_lr: Learning rate of the critic's LoRA set and value head.
+        ppo_lr: Learning rate of the actor's adapter.
+        critic_lr: Learning rate of the critic's adapter and value head.
         kl_coefficient: Where the KL coefficient starts.
-        kl_target: KL to the reference, in nats a response, that the adaptive controller steers to.
+        kl_target: KL to the reference, in nats per response, that the adaptive controller steers to.
         kl_horizon: Its horizon, in responses.
         temperature: Of the sampling; the pairs were sampled at the same.
         response_length: Tokens of every response.
@@ -122,8 +122,8 @@ TINY = Plan(
 def run_pipeline(out: str, seed: int, tiny: bool, devices: int = 1, strategy: str = "ddp") -> None:
     """Run every stage; the arguments are those of :func:`lit_rlhf.commands.quickstart.quickstart`.
 
-    With several devices, Lightning starts this same command once more for each of the others; they train along, and
-    leave evaluation and files to the first.
+    With several devices, Lightning starts this same command once more for each of the others; they take part in
+    training, and leave evaluation and files to the first.
     """
     plan, folder, first = (TINY if tiny else SMOLLM2), Path(out), rank_zero_only.rank == 0  # type: ignore[attr-defined]
     share = plan.on_each_of(devices)
@@ -141,7 +141,7 @@ def run_pipeline(out: str, seed: int, tiny: bool, devices: int = 1, strategy: st
     say(f"    pairwise accuracy on held-out pairs: {accuracy:.3f}")
     say(f"[bold]2/4 Hydra-PPO[/] on the learned reward: {plan.iterations} iterations of {plan.rollout_size} responses")
     module, trainer, prompts, curves = make_ppo(share, folder, seed, sft_checkpoint, gold, options)
-    # One that is trained by several processes may be sharded: then another is judged, with its weights.
+    # A module trained by several processes may be sharded: then a copy with its weights is evaluated.
     judged = module if devices == 1 else make_ppo_module(share, seed, sft_checkpoint)
     if first:
         judged.configure_model()
@@ -311,11 +311,11 @@ def respond(module: BackboneModule, prompts: PromptData, sampling: Sampling, cou
                 model, batch["tokens"], batch["attention_mask"], sampling, module.pad_id, module.eos_ids
             )
         with torch.no_grad():
-            read = module.backbone(
+            outputs = module.backbone(
                 ("actor", "reference"), experience.tokens, experience.attention_mask, experience.mask
             )
-        kl += float((read["actor"] - read["reference"]).sum())
-        negative_log_prob -= float(read["reference"].sum())
+        kl += float((outputs["actor"] - outputs["reference"]).sum())
+        negative_log_prob -= float(outputs["reference"].sum())
         tokens += int(experience.mask.sum())
         texts += batch["prompts"]
         responses += experience.decode(module.tokenizer)

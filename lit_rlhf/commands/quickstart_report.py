@@ -49,7 +49,7 @@ class GoldScorer:
         self._analyzer = SentimentIntensityAnalyzer()
 
     def __call__(self, responses: Sequence[str]) -> list[float]:
-        """Return one score a response."""
+        """Return one score per response."""
         return [float(self._analyzer.polarity_scores(text)["compound"]) for text in responses]
 
 
@@ -85,7 +85,7 @@ class Responses:
 
 
 def quiet() -> None:
-    """Silence what a user of the quickstart can do nothing about."""
+    """Silence warnings that a user of the quickstart can do nothing about."""
     silence_warnings()
     warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
     transformers_logging.disable_progress_bar()
@@ -175,7 +175,7 @@ def print_tables(result: dict[str, Any], gold: GoldScorer, before: Responses, af
         ),
         (
             "KL to the reference",
-            f"{result['kl_to_reference']:.2f} nats a response (target {result['kl_target']:g})",
+            f"{result['kl_to_reference']:.2f} nats per response (target {result['kl_target']:g})",
         ),
         (
             "perplexity under the reference",

@@ -21,13 +21,13 @@ def spell_out_flags(function: Callable[..., Any], argv: list[str]) -> list[str]:
 
 
 def run(function: Callable[..., Any], argv: list[str], name: str) -> None:
-    """Call a command with parsed arguments; an error of the user's making is one line, not a traceback."""
+    """Call a command with parsed arguments; an error that the user can fix is one line, not a traceback."""
     from jsonargparse import ArgumentParser
 
     from lit_rlhf.commands.messages import parser_message
 
     class Parser(ArgumentParser):
-        """Names what is wrong without the usage, which ``--help`` shows."""
+        """Prints what is wrong without the usage, which ``--help`` shows."""
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             print(f"lit-rlhf {name}: {parser_message(message)}", file=sys.stderr)

@@ -75,10 +75,10 @@ def _plain(value: object) -> object:
 
 
 class Parser(LightningArgumentParser):
-    """Names what is wrong in one line, or few; ``JSONARGPARSE_DEBUG=true`` shows everything."""
+    """Prints what is wrong in one line, or few; ``JSONARGPARSE_DEBUG=true`` shows everything."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the way to the wrong setting and what is wrong with it, and stop with status 2."""
+        """Print where the wrong setting is and what is wrong with it, and stop with status 2."""
         if os.environ.get("JSONARGPARSE_DEBUG") or not self.exit_on_error:
             super().error(message, ex)
         print(f"lit-rlhf: {parser_message(message)}", file=sys.stderr)
@@ -97,7 +97,7 @@ def cause_outside_the_parser(error: BaseException | None) -> BaseException | Non
 
 
 def is_for_the_user(error: Exception) -> bool:
-    """Say whether a user can mend an error: one of ours, or Lightning's about settings; the rest are bugs."""
+    """Return whether a user can fix an error: one of ours, or Lightning's about settings; the rest are bugs."""
     if isinstance(error, LitRLHFError | MisconfigurationException):
         return True
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
@@ -136,7 +136,7 @@ class CLI(LightningCLI):
     before_validate = before_test = before_predict = _check
 
     def _check_strategy(self) -> None:
-        """Refuse a strategy before Lightning asks for its package or its accelerator."""
+        """Refuse a strategy before Lightning looks for its package or its accelerator."""
         strategy = self._get(self.config, "trainer.strategy")
         name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", None)
         if name is not None:
@@ -148,7 +148,7 @@ class CLI(LightningCLI):
         return
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer, with the callbacks every run needs unless the user names their like."""
+        """Build the trainer, with the callbacks every run needs unless the user names similar ones."""
         trainer = super().instantiate_trainer(**kwargs)
         config = self._get(self.config_init, "trainer", default={})
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -168,7 +168,7 @@ class CLI(LightningCLI):
 
 
 def resume_command(args: list[str], checkpoint: str) -> str:
-    """Return the command line that goes on from a checkpoint."""
+    """Return the command line that resumes from a checkpoint."""
     kept = [word for word in args if not word.startswith("--ckpt_path=")]
     if "--ckpt_path" in kept:
         at = kept.index("--ckpt_path")
@@ -178,7 +178,7 @@ def resume_command(args: list[str], checkpoint: str) -> str:
 
 @rank_zero_only
 def say(text: str) -> None:
-    """Print a line of ours on the error stream, once."""
+    """Print a line on the error stream, once."""
     print(f"lit-rlhf: {text}", file=sys.stderr, flush=True)
 
 
@@ -193,7 +193,7 @@ def main(args: list[str] | None) -> None:
     except Exception as error:
         if os.environ.get("JSONARGPARSE_DEBUG") or not is_for_the_user(error):
             raise
-        rank = getattr(rank_zero_only, "rank", 0)  # the others say it too, for an error may be only theirs
+        rank = getattr(rank_zero_only, "rank", 0)  # other ranks print too: an error may be theirs alone
         print(f"lit-rlhf: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from error
 

@@ -45,7 +45,7 @@ class LiveBytes(TorchDispatchMode):
         return sum(self.peaks[stretch].values())
 
     def enter(self, stretch: str) -> None:
-        """Begin (or go on with) a stretch of the run; each has its own peak."""
+        """Begin (or continue) a stretch of the run; each has its own peak."""
         self.stretch = stretch
         self.peaks.setdefault(stretch, Counter())
         self._note()
@@ -96,7 +96,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class WorstCaseLive(LiveBytes):
-    """As :class:`LiveBytes`, for fake tensors: a boolean index selects everything, since nobody knows better.
+    """As :class:`LiveBytes`, for fake tensors: a boolean index selects everything, since its values are unknown.
 
     Products shaped as one of ``gradient_shapes`` (shape and dtype) are gradients that an algorithm scales.
     """

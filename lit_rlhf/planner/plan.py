@@ -38,12 +38,12 @@ class Setting:
     """What is planned.
 
     Args:
-        batch_size: Sequences in one training minibatch, a device.
-        rollout_batch_size: Sequences generated and scored at once, a device; None is ``batch_size``.
+        batch_size: Sequences in one training minibatch, per device.
+        rollout_batch_size: Sequences generated and scored at once, per device; None is ``batch_size``.
         prompt_length: Tokens P that prompts are padded to.
         response_length: Tokens T of every response.
-        precision: Dtype of the trunks; LoRA sets and scalar heads are float32 always.
-        lora: The trained LoRA sets.
+        precision: Dtype of the trunks; adapters and scalar heads are always float32.
+        lora: The trained adapters.
         gradient_checkpointing: Recompute the layers' activations in backward.
         algorithm: Decides whether there is a critic.
         samples_per_prompt: Sampled responses that share the pass over their prompt (ReMax adds a greedy one); None is
@@ -120,7 +120,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes of one row, a device.
+    """Bytes of one row, per device.
 
     Args:
         row: What it is about.
@@ -151,7 +151,7 @@ def make_rows(layouts: Sequence[str], setting: Setting) -> list[Row]:
     """Return full SFT, LoRA-SFT and the named layouts as this algorithm builds them.
 
     Args:
-        layouts: Layout names or import paths; ``all`` stands for the table of METHODS.md.
+        layouts: Layout names or import paths; ``all`` stands for all of :data:`lit_rlhf.backbone.LAYOUTS`.
         setting: Gives the algorithm and where rewards come from.
 
     Raises:
@@ -179,7 +179,7 @@ class Planner:
         setting: What is planned.
 
     Raises:
-        ConfigError: Prompt and response together are longer than the model reads; when predicting, the model makes
+        ConfigError: Prompt and response together exceed the model's context; when predicting, the model makes
             sizes depend on values.
         ModelFileError: transformers cannot build a causal language model of this config.
     """
@@ -187,9 +187,7 @@ class Planner:
     def __init__(self, config: PretrainedConfig, setting: Setting) -> None:
         limit, wanted = context_length(config), setting.prompt_length + setting.response_length
         if limit is not None and wanted > limit:
-            raise ConfigError(
-                f"prompt_length + response_length is {wanted}, but the model reads {limit} tokens at most"
-            )
+            raise ConfigError(f"prompt_length + response_length is {wanted}, but the model's context is {limit} tokens")
         self.config = config
         self.setting = setting
         self.depth = depth(config)
@@ -344,7 +342,7 @@ class Planner:
 
 
 def passes_of(layout: Layout, roles: Sequence[str]) -> Hashable:
-    """Return what the activations of a forward call depend on: its passes, whatever trunks and sets are called."""
+    """Return what the activations of a forward call depend on: its passes, whatever trunks and adapters are called."""
     groups: dict[tuple[str, str | None], list[str]] = {}
     for role in (layout.roles[name] for name in roles):
         groups.setdefault((role.trunk, role.adapter), []).append(role.head)

@@ -27,20 +27,20 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b?)\s*", text, re.IGNORECASE)
     if match is None or not float(match[1]):
-        raise ConfigError(f"size {text!r} is not understood; write 24GiB, 80GB or 512MiB")
+        raise ConfigError(f"size {text!r} cannot be parsed; write 24GiB, 80GB or 512MiB")
     base = 1000 if match[3].lower() == "b" else 1024
     return int(float(match[1]) * base ** UNITS[match[2].lower()])
 
 
 def assumptions(setting: Setting) -> list[str]:
-    """Return what the numbers take for granted."""
+    """Return the assumptions behind the numbers."""
     lines = [
         "Live bytes of tensors: the allocator's fragmentation, kernels' workspaces and the CUDA context are not "
         "included; leave room for them.",
         f"Every prompt is padded to {setting.prompt_length} tokens and every response has {setting.response_length}; "
         "some prompts are shorter (without any padding attention needs no mask, and less memory).",
         "Attention by SDPA's flash or memory-efficient kernel: no T x T scores are kept. The rollout itself (tokens, "
-        "log-probs, advantages; kilobytes a sample) is not counted.",
+        "log-probs, advantages; kilobytes per sample) is not counted.",
         f"From the second optimizer step on. AdamW ({setting.adamw}) keeps two moments in the parameters' dtype, in "
         "all phases; Lightning frees a step's gradients only after the next step's loss is computed.",
     ]
@@ -132,7 +132,7 @@ def print_table(
         + f" x ({setting.prompt_length} + {setting.response_length}) tokens"
         + (", gradient checkpointing" if setting.gradient_checkpointing else "")
         + (f", {setting.devices} devices ({setting.strategy})" if setting.devices > 1 else "")
-        + f". {unit} a device"
+        + f". {unit} per device"
     )
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column("")

@@ -104,7 +104,7 @@ def with_depth(config: PretrainedConfig, layers: int) -> PretrainedConfig:
 def kv_cache_bytes(config: PretrainedConfig, batch: int, tokens: int, dtype: DType) -> int:
     """Bytes of a full KV cache: layers x 2 x KV heads x head size x tokens x batch x dtype bytes.
 
-    Sliding windows and compressed (latent) caches are smaller; neither is modelled.
+    Sliding windows and compressed (latent) caches are smaller; neither is modeled.
     """
     text: Any = config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None)

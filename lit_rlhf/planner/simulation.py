@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lit_rlhf.backbone import Backbone, DType, Layout, LoraArgs, LoraSet, vocabulary
+from lit_rlhf.backbone import Adapter, Backbone, DType, Layout, LoraArgs, vocabulary
 from lit_rlhf.functional import position_ids
 from lit_rlhf.planner.live import WorstCaseLive
 from lit_rlhf.planner.steps import make_module, minibatch_loss
@@ -45,7 +45,7 @@ class Sizes:
 
 
 class _WithoutData(TorchDispatchMode):
-    """Builds on the meta device whatever device is asked for, and answers every question about values with yes."""
+    """Builds on the meta device whatever device is asked for, and answers every query about values with yes."""
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -70,7 +70,7 @@ def build_without_weights(
         trunks = {
             name: AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval() for name in layout.trunks
         }
-        loaded = {name: LoraSet(lora or LoraArgs(), {}) for name in layout.loaded_adapters}
+        loaded = {name: Adapter(lora or LoraArgs(), {}) for name in layout.loaded_adapters}
         return Backbone(layout, trunks, lora=lora, loaded=loaded, gradient_checkpointing=gradient_checkpointing)
 
 
@@ -83,8 +83,8 @@ def count_parameters(backbone: Backbone) -> Counter[str]:
     """Bytes of a backbone's parameters and buffers, tied ones once.
 
     Returns:
-        ``trunks``; ``adapters`` (LoRA sets and scalar heads); ``trained`` (part of both); ``largest_trained`` (one
-        parameter); ``unit`` (the largest decoder layer, LoRA sets included) and ``outside`` (what is in no decoder
+        ``trunks``; ``adapters`` (scalar heads included); ``trained`` (part of both); ``largest_trained`` (one
+        parameter); ``unit`` (the largest decoder layer, adapters included) and ``outside`` (what is in no decoder
         layer), and of these two the trained part: ``trained_unit``, ``trained_outside``.
     """
     trained = set(backbone.trainable_names)
@@ -114,7 +114,7 @@ class Simulation:
     Args:
         config: Architecture, at the depth to run.
         layout: Layout of the backbone.
-        lora: The trained LoRA sets.
+        lora: The trained adapters.
         dtype: Dtype of the trunks.
         gradient_checkpointing: Recompute the layers' activations in backward.
     """

@@ -1,4 +1,4 @@
-"""The loss of one minibatch, by the algorithm's own module: what it does first and what it frees is what is counted."""
+"""The loss of one minibatch, by the algorithm's own module, which allocates and frees as it does in training."""
 
 import inspect
 
@@ -30,7 +30,7 @@ def trained_roles(algorithm: str) -> list[str]:
 
 
 def default_samples(algorithm: str) -> int:
-    """Return how many responses an algorithm samples to each prompt unless told otherwise."""
+    """Return how many responses an algorithm samples to each prompt by default."""
     parameter = inspect.signature(ALGORITHMS[algorithm].__init__).parameters.get("samples_per_prompt")
     return 1 if parameter is None else int(parameter.default)
 

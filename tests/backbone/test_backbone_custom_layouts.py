@@ -121,16 +121,16 @@ def actor(**changes):
             actor(critic=("b", "c", "value")),
             {"a": Trunk()},
             {},
-            r"read the trunks \['a', 'b'\], but trunks lists \['a'\]",
+            r"use the trunks \['a', 'b'\], but trunks lists \['a'\]",
         ),
         (
             actor(judge=("a", None, "vaule")),
             {"a": Trunk()},
             {},
-            "'judge' reads head 'vaule'; heads are lm, reward, value",
+            "'judge' has head 'vaule'; heads are lm, reward, value",
         ),
-        (actor(critic=("a", "c", "reward")), {"a": Trunk()}, {}, "role 'critic' must read head 'value', not 'reward'"),
-        ({"actor": Role("a", None, "value")}, {"a": Trunk()}, {}, "role 'actor' must read head 'lm', not 'value'"),
+        (actor(critic=("a", "c", "reward")), {"a": Trunk()}, {}, "role 'critic' must have head 'value', not 'reward'"),
+        ({"actor": Role("a", None, "value")}, {"a": Trunk()}, {}, "role 'actor' must have head 'lm', not 'value'"),
         (actor(), {"a": Trunk("polcy")}, {}, "trunk 'a' starts from 'polcy'; artifacts are policy, reward"),
         (actor(), {"a": Trunk()}, {"trained_heads": frozenset({"lm"})}, r"trained_heads lists \['lm'\]"),
         (
@@ -139,23 +139,23 @@ def actor(**changes):
             {"loaded_adapters": frozenset({"r"})},
             r"loaded_adapters lists \['r'\], which no role",
         ),
-        (actor(rival=("a", "my.set", "lm")), {"a": Trunk()}, {}, r"LoRA set name 'my\.set' must be letters"),
+        (actor(rival=("a", "my.set", "lm")), {"a": Trunk()}, {}, r"adapter name 'my\.set' must be letters"),
         (actor(rival=("a", "lora_x", "lm")), {"a": Trunk()}, {}, "not begin with 'lora_'"),
-        (actor(rival=("a", "start", "lm")), {"a": Trunk()}, {}, "a LoRA set cannot be called 'start'"),
+        (actor(rival=("a", "start", "lm")), {"a": Trunk()}, {}, "an adapter cannot be called 'start'"),
         ({"actor": Role("a b", None, "lm")}, {"a b": Trunk()}, {}, "trunk name 'a b' must be letters"),
-        (actor(rival=("a", "x", "lm")), {"a": Trunk(trained=True)}, {}, "'rival' puts LoRA set 'x' on a trained trunk"),
+        (actor(rival=("a", "x", "lm")), {"a": Trunk(trained=True)}, {}, "'rival' puts adapter 'x' on a trained trunk"),
         (
             actor(reference=("a", None, "lm")),
             {"a": Trunk(trained=True)},
             {},
-            "role 'reference' reads weights that are tr",
+            "role 'reference' uses weights that are tr",
         ),
-        (actor(reference=("a", "x", "lm")), {"a": Trunk()}, {}, "role 'reference' reads weights that are trained"),
+        (actor(reference=("a", "x", "lm")), {"a": Trunk()}, {}, "role 'reference' uses weights that are trained"),
         (
             actor(reward=("a", "x", "reward")),
             {"a": Trunk()},
             {},
-            "role 'reward' reads a fixed head on weights that are",
+            "role 'reward' uses a fixed head on weights that are",
         ),
         (
             actor(reward=("b", "r", "reward")),
@@ -171,7 +171,7 @@ def test_layouts_that_contradict_themselves(roles, trunks, options, message):
 
 
 def test_everything_wrong_is_listed():
-    with pytest.raises(ValueError, match=r"'critic' must read head(.|\n)*artifacts are policy"):
+    with pytest.raises(ValueError, match=r"'critic' must have head(.|\n)*artifacts are policy"):
         Layout(actor(critic=("a", "c", "lm")), {"a": Trunk("polcy")})
 
 

@@ -194,14 +194,14 @@ def test_restricted_layout_drops_what_nobody_reads(make_backbone):
 
 
 def test_layout_refuses_trunks_that_do_not_match_its_roles():
-    with pytest.raises(ValueError, match=r"read the trunks \['a'\], but trunks lists \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"use the trunks \['a'\], but trunks lists \['a', 'b'\]"):
         Layout({"actor": Role("a", None, "lm")}, {"a": Trunk(), "b": Trunk()})
     with pytest.raises(ValueError, match=r"trunks lists \[\]"):
         Layout({"actor": Role("a", None, "lm")}, {})
 
 
 def test_layout_refuses_lora_on_a_trained_trunk():
-    with pytest.raises(ValueError, match="'actor' puts LoRA set 'x' on a trained trunk"):
+    with pytest.raises(ValueError, match="'actor' puts adapter 'x' on a trained trunk"):
         Layout({"actor": Role("a", "x", "lm")}, {"a": Trunk(trained=True)})
 
 
@@ -225,7 +225,7 @@ def test_supervised_layout_is_one_trunk_read_in_one_pass(lora, make_backbone, ba
 
 
 def test_lora_layout_without_lora_settings_says_so(make_model):
-    with pytest.raises(ValueError, match="trains LoRA set 'actor', but no lora settings"):
+    with pytest.raises(ValueError, match="trains adapter 'actor', but no lora settings"):
         Backbone(LAYOUTS["hydra"], {"hydra": make_model()})
 
 

@@ -148,7 +148,7 @@ def test_rank_below_one():
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        (LAYOUTS["hydra"], r"names 'critc', but the LoRA sets trained here are 'actor', 'critic'$"),
+        (LAYOUTS["hydra"], r"names 'critc', but the adapters trained here are 'actor', 'critic'$"),
         (LAYOUTS["hydra"].restricted_to(["actor", "reference"]), r"trained here are 'actor'$"),
         (LAYOUTS["pe"], r"trained here are 'actor', 'critic'$"),  # its set `reward` is only read
         (LAYOUTS["full"], r"trained here are none$"),

@@ -247,7 +247,7 @@ def test_pe_reads_the_reward_models_set_on_a_quantised_trunk(device, wide, run_s
 def test_dora_on_top_of_an_earlier_set_is_refused(device, wide, run_stage):
     first, _ = run_stage("one", BackboneSpec(wide, lora=lora()), supervised_layout(HYDRA, lora=True))
     spec = BackboneSpec(wide, lora=lora(use_dora=True), policy_checkpoint=first, quantization="nf4")
-    with pytest.raises(ValueError, match=r"DoRA set 'actor' needs plain weights.*--format merged"):
+    with pytest.raises(ValueError, match=r"DoRA adapter 'actor' needs plain weights.*--format merged"):
         build_backbone(spec, LAYOUTS["hydra"])
 
 

@@ -235,7 +235,7 @@ def test_summed_set_is_exact_where_modules_differ(ppo, hydra_sft):
 def test_fully_trained_stage_has_no_set_to_export(run_stage, base_model, batch):
     path, backbone = run_stage("sft", BackboneSpec(base_model), supervised_layout(SFT, lora=False))
     found = StageCheckpoint.read(path).role_model("actor")
-    with pytest.raises(ValueError, match="no LoRA set; export it with format 'merged'"):
+    with pytest.raises(ValueError, match="no adapter; export it with format 'merged'"):
         found.as_peft()
     with torch.no_grad(), backbone.use("actor") as model:
         assert torch.equal(logits(found.merged(), batch), logits(model, batch))

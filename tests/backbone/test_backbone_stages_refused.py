@@ -140,7 +140,7 @@ def test_lora_set_with_missing_tensors_is_refused(sft):
     content = torch.load(sft[0])
     content["state_dict"].pop(next(key for key in content["state_dict"] if "lora_B" in key))
     torch.save(content, sft[0])
-    with pytest.raises(ValueError, match="LoRA set does not fit the model"):
+    with pytest.raises(ValueError, match="adapter does not fit the model"):
         StageCheckpoint.read(sft[0]).role_model("actor").merged()
 
 

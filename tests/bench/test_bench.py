@@ -113,7 +113,7 @@ def test_algorithms_by_name_by_path_and_not_at_all() -> None:
     assert bench_run.find_algorithm("lit_rlhf.algorithms.rloo.RLOO").__name__ == "RLOO"
     assert bench_run.find_algorithm("ppo") is bench_run.find_algorithm("PPO")
     for name in ("SFT", "Nobody"):
-        with pytest.raises(ValueError, match=r"no on-policy algorithm; there are GRPO, PPO"):
+        with pytest.raises(ValueError, match=r"not an on-policy algorithm; choose from GRPO, PPO"):
             bench_run.find_algorithm(name)
 
 
@@ -223,5 +223,5 @@ def test_a_shape_is_written_with_a_tokenizer(tmp_path: Path) -> None:
     assert name == f"random:{tmp_path}"
     assert read_config(name).hidden_size == 768
     assert len(load_tokenizer(name)) == len(load_tokenizer(TINY))
-    with pytest.raises(ValueError, match=r"no shape 'gpt5'; there are llama-7b, .* --model random:FOLDER"):
+    with pytest.raises(ValueError, match=r"unknown shape 'gpt5'; choose from llama-7b, .* --model random:FOLDER"):
         bench_process.write_shape("gpt5", tmp_path)

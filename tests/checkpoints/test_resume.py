@@ -46,7 +46,7 @@ def test_what_is_missing_or_torn_is_refused(saved: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         check_resume(str(saved.with_name("none.ckpt")), OURS)
     saved.write_bytes(saved.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="is incomplete"):
+    with pytest.raises(CheckpointError, match="is truncated"):
         check_resume(str(saved), OURS)
 
 

@@ -156,7 +156,7 @@ TYPOS = [
     typo("no float", "--model.gamma=high", "gamma: Expected a <class 'float'>"),
     typo("list for a number", "--model.minibatch_size=[1, 2]", "minibatch_size: Expected a <class 'int'>"),
     typo("no seed", "--seed_everything=yesterday", "seed_everything"),
-    typo("misspelt algorithm", "--model=PPOO", "no class is called 'PPOO'; did you mean PPO?"),
+    typo("misspelt algorithm", "--model=PPOO", "unknown class 'PPOO'; did you mean PPO?"),
     typo("misspelt path", "--model=lit_rlhf.PPOO", "lit_rlhf.PPOO"),
     typo("missing module", "--model=my_modules.Best", "my_modules"),
     typo("misspelt data module", "--data=PromptDatta", "PromptDatta"),
@@ -271,12 +271,12 @@ VALUES = [
     value(
         "reward of another trunk",
         "--model.reward=RoleReward --model.reward_checkpoint={reward_model}",
-        "another trunk than the one this layout reads",
+        "another trunk than the one this layout uses",
     ),
     value(
         "pe without its LoRA reward model",
         "--model.reward=RoleReward --model.layout=pe --model.policy_checkpoint={hydra}",
-        "reads the reward model as a LoRA set",
+        "uses the reward model as an adapter",
     ),
     value("missing policy checkpoint", "--model.policy_checkpoint=none.ckpt", "checkpoint none.ckpt does not exist"),
     value(
@@ -288,7 +288,7 @@ VALUES = [
     value(
         "prompt and response beyond the context",
         "--model.sampling.max_new_tokens=600",
-        "tokens and 600 sampled ones, but the model reads 512",
+        "tokens and 600 sampled ones, but the model's context is 512",
     ),
     value("prompts of another module", "--data=PreferenceData --data.train=pairs.jsonl", "prompt_batch"),
     value(
@@ -586,15 +586,15 @@ COMMANDS = [
     command("memory of an unknown algorithm", "memory --model gpt2 --algorithm pppo", "algorithm", status=2),
     command("memory of no batch", "memory --model gpt2 --batch_size 0", "batch_size must be"),
     command(
-        "memory beyond the context", "memory --model gpt2 --prompt_length 2000", "the model reads 1024 tokens at most"
+        "memory beyond the context", "memory --model gpt2 --prompt_length 2000", "the model's context is 1024 tokens"
     ),
-    command("memory of an unknown size", "memory --model gpt2 --fit 24Gb1", "is not understood; write 24GiB"),
+    command("memory of an unknown size", "memory --model gpt2 --fit 24Gb1", "cannot be parsed; write 24GiB"),
     command("memory of no rank", "memory --model gpt2 --lora_rank 0", "must be at least 1"),
     command("bench of an unknown layout", "bench --model random:tiny --layout hydro", "layout must be one of"),
     command(
         "bench of an unknown algorithm",
         "bench --model random:tiny --algorithm PPPO",
-        "'PPPO' is no on-policy algorithm",
+        "'PPPO' is not an on-policy algorithm",
     ),
     command(
         "bench of a missing module",

@@ -61,7 +61,7 @@ def test_layouts_can_be_chosen_and_the_critic_left_out(capsys: pytest.CaptureFix
         ([], "give --model NAME"),
         (["--model", "random:nowhere"], "is not a folder"),
         (["--model", "gpt2", "--layout", "hydraa"], "layout must be one of"),
-        (["--model", "gpt2", "--prompt_length", "1024"], "the model reads 1024 tokens at most"),
+        (["--model", "gpt2", "--prompt_length", "1024"], "the model's context is 1024 tokens"),
         (["--model", "gpt2", "--fit", "many"], "size 'many' is not understood"),
         (["--model", "gpt2", "--batch_size", "0"], "batch_size must be at least 1"),
         (["--model", "gpt2", "--lora_rank", "0"], "lora.r must be at least 1"),

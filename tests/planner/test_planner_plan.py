@@ -229,7 +229,7 @@ def test_settings_out_of_range_are_named_together(settings: dict[str, int], mess
 
 
 def test_more_tokens_than_the_model_reads_are_refused() -> None:
-    with pytest.raises(ValueError, match="is 1100, but the model reads 1024"):
+    with pytest.raises(ValueError, match="is 1100, but the model's context is 1024"):
         Planner(load_config("gpt2"), Setting(prompt_length=1000, response_length=100))
 
 

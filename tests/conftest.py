@@ -62,7 +62,7 @@ def hydra_checkpoint(tmp_path_factory: pytest.TempPathFactory, data_folder: Path
 
 @pytest.fixture(scope="session")
 def lora_reward_checkpoint(tmp_path_factory: pytest.TempPathFactory, data_folder: Path, hydra_checkpoint: Path) -> Path:
-    """A LoRA reward model on top of the Hydra-SFT policy, as layout ``pe`` reads it."""
+    """A LoRA reward model on top of the Hydra-SFT policy, as layout ``pe`` uses it."""
     folder = tmp_path_factory.mktemp("reward")
     L.seed_everything(0, verbose=False)
     data = PreferenceData(train=str(data_folder / "pairs.jsonl"), validation_size=4, batch_size=4)
@@ -73,7 +73,7 @@ def lora_reward_checkpoint(tmp_path_factory: pytest.TempPathFactory, data_folder
 
 @pytest.fixture(scope="session")
 def full_reward_checkpoint(tmp_path_factory: pytest.TempPathFactory, data_folder: Path, hydra_checkpoint: Path) -> Path:
-    """A reward model with a trunk of its own, as layouts ``full``, ``lora`` and ``dynamic_lora`` read it."""
+    """A reward model with a trunk of its own, as layouts ``full``, ``lora`` and ``dynamic_lora`` use it."""
     folder = tmp_path_factory.mktemp("full_reward")
     L.seed_everything(0, verbose=False)
     data = PreferenceData(train=str(data_folder / "pairs.jsonl"), validation_size=4, batch_size=4)

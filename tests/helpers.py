@@ -81,7 +81,7 @@ def silence(module: Any) -> None:
 
 @contextmanager
 def quantization_device() -> Iterator[torch.device]:
-    """Let quantised trunks run inside the block: on CUDA as they are, elsewhere by bitsandbytes' plain CPU kernels.
+    """Let quantized trunks run inside the block: on CUDA as they are, elsewhere by bitsandbytes' plain CPU kernels.
 
     On CPUs with bfloat16 units bitsandbytes repacks 4-bit weights at the first pass of a module in eval mode, which
     ours is for good, and has no gradient for that form. On CUDA there is no such form.

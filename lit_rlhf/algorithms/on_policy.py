@@ -38,7 +38,7 @@ class OnPolicyModule(BackboneModule):
 
     Args:
         layout: Which trunk, adapter and head each role uses: ``full``, ``lora``, ``dynamic_lora``, ``pe``,
-            ``j_hydra`` or ``hydra``, or the import path of a :class:`Layout` of yours (``my_layouts.SPLIT``).
+            ``j_hydra`` or ``hydra``, or the import path of your own :class:`Layout` (``my_layouts.SPLIT``).
         lora: The trained adapters; None is ``LoraArgs()``. Not used by layouts that train whole trunks (``full``).
         reward_checkpoint: Reward-model checkpoint; None uses the policy checkpoint's own reward head (Hydra-SFT).
         reward: What scores responses; None is the layout's reward role.

@@ -83,7 +83,7 @@ def check_data(
     sampled_tokens: int,
     parents: Mapping[str, StageCheckpoint],
 ) -> None:
-    """Refuse data that the model cannot read.
+    """Refuse data that the model cannot process.
 
     Args:
         data: The data module; its ``train_dataset`` and ``val_dataset`` are checked where they are :class:`Measured`.

@@ -1,6 +1,6 @@
 """Adapters (named LoRA weights) on a trunk, and switching between them.
 
-PEFT's own ``set_adapter`` and ``disable_adapter`` rewrite ``requires_grad`` and cost milliseconds a call.
+PEFT's own ``set_adapter`` and ``disable_adapter`` rewrite ``requires_grad`` and cost milliseconds per call.
 The switch here writes the two attributes that a LoRA layer reads in its forward pass, and nothing else.
 """
 

@@ -27,10 +27,10 @@ def check_quantization(quantization: Quantization | None, layout: Layout, lora: 
     if layout.trained_trunks:
         raise ConfigError(
             f"quantization {quantization} needs frozen trunks, but this layout trains "
-            f"{', '.join(map(repr, layout.trained_trunks))} as a whole; train adapters (lora) instead, or leave it out"
+            f"{', '.join(map(repr, layout.trained_trunks))} as a whole; train adapters instead"
         )
     if quantization == "int8" and lora is not None and lora.use_dora:
-        raise ConfigError("lora.use_dora does not work with quantization int8; choose nf4, or leave one of them out")
+        raise ConfigError("lora.use_dora does not work with quantization int8; choose nf4, or remove one of them")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingPackageError(f"quantization {quantization} needs: pip install bitsandbytes")
     if not _device_is_there():
@@ -88,7 +88,7 @@ def quantize(model: PreTrainedModel, quantization: Quantization) -> PreTrainedMo
     """Return a quantized copy of a plain model, through a temporary folder of the model's size."""
     with tempfile.TemporaryDirectory(prefix="lit_rlhf_") as folder:
         saved: Any = model
-        # Every rank has a folder of its own, and transformers 5.23 would write the first rank's alone.
+        # Every rank has its own folder, and transformers 5.23 would write only the first rank's.
         saved.should_save_on_this_rank = lambda is_main_process: True
         saved.save_pretrained(folder)
         return load_quantized(folder, model.dtype, quantization)

@@ -70,7 +70,7 @@ class RandomPrompts(L.LightningDataModule):
     Args:
         count: Number of prompts.
         length: Tokens of each.
-        tokenizer: Gives the vocabulary; special tokens are left out.
+        tokenizer: Gives the vocabulary; special tokens are excluded.
         seed: Seed of the tokens.
     """
 

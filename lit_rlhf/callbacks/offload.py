@@ -53,7 +53,7 @@ def move_state(optimizer: Optimizer, device: torch.device) -> None:
     """
     for state, name, tensor in _moments(optimizer):
         if is_shard(tensor):
-            raise ConfigError("OffloadOptimizerState cannot move a sharded optimizer's state; leave it out under FSDP2")
+            raise ConfigError("OffloadOptimizerState cannot move a sharded optimizer's state; remove it under FSDP2")
         if device.type == "cpu" and tensor.device.type != "cpu":
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
             state[name] = host.copy_(tensor)
@@ -62,7 +62,7 @@ def move_state(optimizer: Optimizer, device: torch.device) -> None:
 
 
 def _moments(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    # ZeroRedundancyOptimizer keeps its rank's share in an optimizer of its own.
+    # ZeroRedundancyOptimizer keeps its rank's share in its own optimizer.
     for parameter, state in getattr(optimizer, "optim", optimizer).state.items():
         for name, value in list(state.items()):
             if isinstance(value, Tensor) and value.shape == parameter.shape:

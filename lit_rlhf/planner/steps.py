@@ -38,7 +38,7 @@ def default_samples(algorithm: str) -> int:
 def make_module(algorithm: str, backbone: Backbone) -> OnPolicyModule | SFT:
     """Return the algorithm's module (or SFT's) on a backbone that is built already; no trainer, nothing logged.
 
-    Call it outside a fake-tensor mode: its metrics keep tensors of their own.
+    Call it outside a fake-tensor mode: its metrics keep their own tensors.
     """
     kind: type[OnPolicyModule | SFT] = ALGORITHMS.get(algorithm, SFT)
     module = kind(model="", optimizer=torch.optim.AdamW)

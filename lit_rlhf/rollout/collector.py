@@ -56,7 +56,9 @@ class Collector:
         if self.batch_size < 1:
             found.append(f"rollout_batch_size must be positive, got {self.batch_size}")
         if self.keep_log_probs and not self.engine.gives_log_probs:
-            found.append(f"keep_log_probs: {type(self.engine).__name__} gives no log-probs; leave it out, or false")
+            found.append(
+                f"keep_log_probs: {type(self.engine).__name__} returns no log-probs; remove it, or set it to false"
+            )
         return found
 
     @torch.no_grad()

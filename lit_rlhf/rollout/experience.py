@@ -52,7 +52,7 @@ class Experience:
         scores: ``[N]`` float32, the reward of the whole response, as the reward gave it. Filled by scoring.
         advantages: ``[N, T]`` float32. Filled by ``estimate``.
         returns: ``[N, T]`` float32, the critic's targets. Filled by ``estimate``, never without a critic.
-        greedy: The greedy responses to the same prompts, one a prompt, until the advantages are known; only where an
+        greedy: The greedy responses to the same prompts, one per prompt, until the advantages are known; only where an
             algorithm asks for them.
         count: 0-dim float, set on minibatches: real tokens of a minibatch, averaged over ranks and over the minibatches
             of one optimizer step. Token losses divided by it add up to the mean over all tokens of the step. None: the

@@ -34,7 +34,7 @@ def check_rollout(module: InTraining, experience: Experience, scored: Scored, sk
         module: The module that sampled it.
         experience: Log-probs, values and scores filled in. ``left_out`` is set on all ranks if any of them found a
             number that is not finite.
-        scored: Its texts, one a sample.
+        scored: Its texts, one per sample.
         skip: Warn and skip the rollout, rather than raise.
 
     Raises:

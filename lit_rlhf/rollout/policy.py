@@ -69,7 +69,7 @@ class Policy(HasBackbone, Protocol):
 
 
 def has_backbone(module: LightningModule) -> HasBackbone:
-    """Return the module as one of a stage of ours."""
+    """Return the module as one that has a backbone."""
     return cast(HasBackbone, module)
 
 

@@ -76,7 +76,7 @@ def uniform_dtype(device: torch.device) -> torch.dtype:
 
 
 def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw one index a row with probability proportional to its weight, from one uniform number a row.
+    """Draw one index per row with probability proportional to its weight, from one uniform number per row.
 
     Ten times faster than ``torch.multinomial`` on a CPU, which draws an exponential for every weight. First a block
     of weights is chosen, then a weight of the block; sums are taken in the uniforms' dtype.

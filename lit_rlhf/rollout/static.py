@@ -11,7 +11,7 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 from lit_rlhf.errors import ConfigError
 from lit_rlhf.rollout.decoding import DynamicDecoder
 
-# Lengths are rounded up to a multiple, so that prompts a little longer fit the cache that is there.
+# Lengths are rounded up to a multiple, so that prompts a little longer fit the existing cache.
 ROUND_UP = 64
 
 
@@ -20,7 +20,7 @@ class StaticDecoder(DynamicDecoder):
 
     Args:
         compile: Compile the decoding step (not the pass over the prompts), on CUDA with CUDA graphs. The cache is then
-            kept between calls, since a captured graph holds its address: two numbers a row, position, layer and
+            kept between calls, since a captured graph holds its address: two numbers per row, position, layer and
             key-value channel. Fewer rows are padded to those it has; more rows or a longer text need a new one.
     """
 

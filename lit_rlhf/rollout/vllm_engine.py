@@ -44,7 +44,7 @@ class VLLMEngine(Engine):
     def __init__(self, gpu_memory_utilization: float = 0.4, options: dict[str, Any] | None = None) -> None:
         super().__init__()
         if importlib.util.find_spec("vllm") is None:
-            raise MissingPackageError("VLLMEngine needs vLLM: pip install vllm, or leave model.engine out")
+            raise MissingPackageError("VLLMEngine needs vLLM: pip install vllm, or remove model.engine")
         self.gpu_memory_utilization = gpu_memory_utilization
         self.options = dict(options or {})
         self._llm: Any = None
@@ -59,9 +59,9 @@ class VLLMEngine(Engine):
                 or log-probs are requested.
         """
         if request.in_step or (dist.is_initialized() and dist.get_world_size() > 1):
-            raise ConfigError("VLLMEngine runs in one process on one GPU; leave model.engine out with several devices")
+            raise ConfigError("VLLMEngine runs in one process on one GPU; remove model.engine with several devices")
         if request.keep_log_probs:
-            raise ConfigError("VLLMEngine gives no log-probs; set keep_log_probs to false")
+            raise ConfigError("VLLMEngine returns no log-probs; set keep_log_probs to false")
         tokens, attention_mask = request.tokens, request.attention_mask
         sampling, samples = request.sampling, request.samples
         adapter = self._hand_over(model)

@@ -129,11 +129,11 @@ def test_other_ways_to_shard_step_as_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_step_as_one_on_a_quantised_trunk(
+def test_two_processes_step_as_one_on_a_quantized_trunk(
     strategy: str, data_folder: Path, hydra_checkpoint: Path, tmp_path: Path, alone: Changes,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Every rank quantises for itself, here a model that is no folder."""
+    """Every rank quantizes for itself, here a model that is not a folder."""
     pytest.importorskip("bitsandbytes")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # both ranks run on the CPU
     compare(tmp_path, data_folder, ("PPO", "hydra", str(hydra_checkpoint), "", "nf4"), strategy, 1, alone)

@@ -306,7 +306,7 @@ def test_scores_are_clipped_after_they_are_scaled() -> None:
 
 
 def test_remax_options(prompts: PromptData, tmp_path: Path) -> None:
-    """KL summed to go, no clamp, gamma 1, which is how verl reads the paper."""
+    """KL summed to go, no clamp, gamma 1, which is how verl interprets the paper."""
     options = {"kl_to_go": True, "advantage_clip": None, "gamma": 1.0}
     module = make(ReMax, kl=FixedKL(0.3), optimizer=adamw(3e-2), **options)
     record = fit(module, prompts, tmp_path, epochs=2)

@@ -1,4 +1,4 @@
-"""Whole Lightning runs on quantised frozen trunks: on CUDA where there is one, else on bitsandbytes' CPU kernels.
+"""Whole Lightning runs on quantized frozen trunks: on CUDA where there is one, else on bitsandbytes' CPU kernels.
 
 The model's rows are whole blocks of 64 weights, which bitsandbytes' CPU kernel wants, and two channels of each of its
 norms are large: the outliers that LLM.int8() computes in 16 bits.
@@ -160,7 +160,7 @@ def metrics(folder: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("layout", ["hydra", pytest.param("lora", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_ppo_trains_lora_sets_and_leaves_the_quantised_trunks_alone(
+def test_ppo_trains_lora_sets_and_leaves_the_quantized_trunks_alone(
     kind: str, layout: str, hydra_sft: Stage, start: Any, fit: Fit, prompts: PromptData, tmp_path: Path
 ) -> None:
     trainer = fit(make_ppo(layout=layout, **start(kind)), prompts, tmp_path, 3)
@@ -263,7 +263,7 @@ def test_an_nf4_run_is_the_run_on_the_weights_it_stands_for(
 
 
 class NothingCarried(PPO):
-    """Reads every minibatch anew, though scoring has just read it."""
+    """Runs every minibatch again, though scoring has just run it."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -325,7 +325,7 @@ def test_accumulated_minibatches_train_as_one_does(
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("nf4", 2e-5), ("int8", INT8)])
-def test_decoding_reads_the_quantised_policy(
+def test_decoding_reads_the_quantized_policy(
     kind: str, tolerance: float, start: Any, fit: Fit, prompts: PromptData, tmp_path: Path
 ) -> None:
     """Log-probs of sampling equal those of a pass over the responses; a static cache gives the same."""
@@ -352,7 +352,7 @@ def test_exports_of_a_run(
     kind: str, start: Any, fit: Fit, device: torch.device, model: str, prompts: PromptData, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The adapter is the policy on the base model quantised alike; merged, it is added to the plain weights."""
+    """The adapter is the policy on the base model quantized alike; merged, it is added to the plain weights."""
     monkeypatch.chdir(tmp_path)
     trained = watched(fit(make_ppo(**start(kind)), prompts, tmp_path, 3)).readings[-1]
     for name in ("peft", "merged"):
@@ -367,6 +367,6 @@ def test_exports_of_a_run(
     assert {p.dtype for p in merged.parameters()} == {torch.float32}
     plain = PeftModel.from_pretrained(load_language_model(model), "peft").eval()
     torch.testing.assert_close(log_probs_of(merged, device), log_probs_of(plain, device), atol=2e-5, rtol=0)
-    # What the quantisation of the trunk took away is less than what the stages taught.
+    # What the quantization of the trunk took away is less than what the stages taught.
     lost, learned = (log_probs_of(m, device) - trained["actor"] for m in (merged, load_language_model(model)))
     assert lost.abs().mean() < learned.abs().mean()

@@ -1,4 +1,4 @@
-"""Settings of small stages, and what is read of their backbones."""
+"""Settings of small stages, and the outputs of their backbones."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Switching LoRA sets: exact when off, flags untouched, restored on errors, seen by recomputation."""
+"""Switching adapters: exact when off, flags untouched, restored on errors, seen by recomputation."""
 
 import copy
 from contextlib import nullcontext

@@ -1,4 +1,4 @@
-"""What a role reads equals the plain Hugging Face model, row by row, without padding."""
+"""What a role computes equals the plain Hugging Face model, row by row, without padding."""
 
 import copy
 

@@ -230,7 +230,7 @@ def test_lora_layout_without_lora_settings_says_so(make_model):
 
 
 def test_a_seventh_layout_is_one_table_entry(make_model, make_backbone, batch):
-    """Two policies on one trunk, one of them read by two heads."""
+    """Two policies on one trunk, one of them with two heads."""
     layout = Layout(
         {"actor": Role("t", "a", "lm"), "rival": Role("t", "b", "lm"), "critic": Role("t", "a", "value")},
         {"t": Trunk()},

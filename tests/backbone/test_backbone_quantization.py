@@ -1,4 +1,4 @@
-"""Quantised frozen trunks. Errors run everywhere; the rest needs bitsandbytes, and runs on CUDA where there is one."""
+"""Quantized frozen trunks. Errors run everywhere; the rest needs bitsandbytes, and runs on CUDA where there is one."""
 
 import importlib.util
 import logging
@@ -75,7 +75,7 @@ def close(ours, expected):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_whole_trunks_cannot_be_trained_quantised(kind):
+def test_whole_trunks_cannot_be_trained_quantized(kind):
     spec = BackboneSpec("./no_such_folder", quantization=kind)
     with pytest.raises(ValueError, match=rf"quantization {kind} needs frozen trunks, .* trains 'actor', 'critic'"):
         read_stages(spec, LAYOUTS["full"])
@@ -107,7 +107,7 @@ def test_dora_needs_nf4(monkeypatch):
         read_stages(spec, supervised_layout(HYDRA, lora=True))
 
 
-# --- quantised trunks -----------------------------------------------------------------
+# --- quantized trunks -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", WIDE)
@@ -134,7 +134,7 @@ def test_embeddings_stay_plain(kind, tied, family, device, make_model, tmp_path,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_random_weights_are_quantised_as_a_folder_of_them_is(kind, device, tmp_path, batch):
+def test_random_weights_are_quantized_as_a_folder_of_them_is(kind, device, tmp_path, batch):
     load_language_model("random:tiny").save_pretrained(tmp_path / "model")
     ours, theirs = (
         load_language_model("random:tiny", "float32", kind),
@@ -154,7 +154,7 @@ def test_random_weights_are_quantised_as_a_folder_of_them_is(kind, device, tmp_p
         ("nf4", lora(use_dora=True)),
     ],
 )
-def test_training_leaves_the_quantised_trunk_bit_exact(kind, settings, dtype, checkpointing, device, wide, batch):
+def test_training_leaves_the_quantized_trunk_bit_exact(kind, settings, dtype, checkpointing, device, wide, batch):
     spec = BackboneSpec(wide, dtype=dtype, lora=settings, quantization=kind)
     layout = LAYOUTS["hydra"].restricted_to(["actor", "critic", "reference"])
     backbone = build_backbone(spec, layout, gradient_checkpointing=checkpointing).to(device)
@@ -179,7 +179,7 @@ def test_training_leaves_the_quantised_trunk_bit_exact(kind, settings, dtype, ch
 
 @pytest.mark.parametrize("layout", ["lora", "dynamic_lora", "hydra"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_quantised_stages_in_a_chain(kind, layout, device, wide, run_stage, batch):
+def test_quantized_stages_in_a_chain(kind, layout, device, wide, run_stage, batch):
     """Each stage starts exactly where the one before ended: earlier sets are kept beside the trunk."""
     spec = BackboneSpec(wide, lora=lora(3), quantization=kind)
     first, hydra_sft = run_stage("one", spec, supervised_layout(HYDRA, lora=True))
@@ -205,8 +205,8 @@ def test_quantised_stages_in_a_chain(kind, layout, device, wide, run_stage, batc
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_exports_of_a_quantised_stage(kind, device, wide, run_stage, tmp_path, batch):
-    """The adapter is exact on the base model quantised alike; merged, it is added to the plain weights."""
+def test_exports_of_a_quantized_stage(kind, device, wide, run_stage, tmp_path, batch):
+    """The adapter is exact on the base model quantized alike; merged, it is added to the plain weights."""
     first, _ = run_stage("one", BackboneSpec(wide, lora=lora(3)), supervised_layout(HYDRA, lora=True))
     spec = BackboneSpec(wide, lora=lora(2, use_rslora=True), policy_checkpoint=first, quantization=kind)
     second, ppo = run_stage("two", spec, LAYOUTS["hydra"], seed=4)
@@ -222,7 +222,7 @@ def test_exports_of_a_quantised_stage(kind, device, wide, run_stage, tmp_path, b
     close(logits(merged, batch), logits(plain, batch))
 
 
-def test_fully_trained_start_is_quantised_itself(device, wide, run_stage, batch):
+def test_fully_trained_start_is_quantized_itself(device, wide, run_stage, batch):
     first, sft = run_stage("one", BackboneSpec(wide), supervised_layout(HYDRA, lora=False))
     spec = BackboneSpec(wide, lora=lora(), policy_checkpoint=first, quantization="int8")
     backbone = build_backbone(spec, LAYOUTS["hydra"])
@@ -233,7 +233,7 @@ def test_fully_trained_start_is_quantised_itself(device, wide, run_stage, batch)
     assert 0 < rounding < 0.2 * (read(plain, ("actor",), batch)["actor"] - ended["actor"]).abs().max()
 
 
-def test_pe_reads_the_reward_models_set_on_a_quantised_trunk(device, wide, run_stage, batch):
+def test_pe_reads_the_reward_models_set_on_a_quantized_trunk(device, wide, run_stage, batch):
     sft, _ = run_stage(
         "sft", BackboneSpec(wide, lora=lora(3), quantization="nf4"), supervised_layout({"actor": "lm"}, True)
     )

@@ -15,7 +15,7 @@ from lit_rlhf.checkpoints.files import CheckpointError
 
 @pytest.mark.parametrize("layout", ["hydra", "j_hydra"])
 def test_reward_head_of_another_trunk_is_refused(layout, base_model, sft, reward_model, hydra_sft, ppo):
-    """The head alone would be read on the policy's trunk: plausible scores that mean nothing."""
+    """The head alone would be used on the policy's trunk: plausible scores that mean nothing."""
     for policy, reward in [
         (sft[0], reward_model[0]),
         (None, hydra_sft[0]),

@@ -1,4 +1,4 @@
-"""What users get wrong: a table of inputs, and what each must be told."""
+"""What users get wrong: a table of inputs, and the message that each must produce."""
 
 import json
 import pickle
@@ -180,7 +180,7 @@ TYPOS = [
     typo("learning rate in words", "--model.optimizer.lr=fast", "optimizer: lr: expected a number, not 'fast'"),
     typo("missing reward module", "--model.reward.function=no_module.rate", "no_module"),
     typo("missing reward function", "--model.reward.function=my_rewards.ratte", "ratte"),
-    typo("reward that is no function", "--model.reward.function=my_rewards.NUMBER", "NUMBER"),
+    typo("reward that is not a function", "--model.reward.function=my_rewards.NUMBER", "NUMBER"),
 ]
 """Refused while the settings are read."""
 

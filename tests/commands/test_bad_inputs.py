@@ -1,4 +1,4 @@
-"""What users get wrong is told in one message that says what, where and what to do, before any weights load."""
+"""What users get wrong is reported in one message that says what, where and what to do, before any weights load."""
 
 import contextlib
 import shutil

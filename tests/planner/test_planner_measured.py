@@ -96,7 +96,7 @@ def test_a_run_with_the_reward_role_and_one_without_critic(tmp_path: Path, hydra
     measured, shape = measure(tmp_path, layout="hydra", lora=lora, reward=None, policy_checkpoint=str(hydra_checkpoint))
     assert predict("hydra", shape, lora=lora, reward_function=False) == pytest.approx(measured, rel=0.02)
     measured, shape = measure(tmp_path, ReMax, layout="hydra", lora=lora)
-    # Making some rows greedy takes a few copies of the [B, V] scores more, which are not modelled.
+    # Making some rows greedy takes a few copies of the [B, V] scores more, which are not modeled.
     assert predict("hydra", shape, lora=lora, algorithm="remax") == pytest.approx(measured, rel=0.05)
 
 

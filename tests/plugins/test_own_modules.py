@@ -79,7 +79,7 @@ def test_two_ranks_run_the_same_yaml_and_end_equal(own_folder: Path) -> None:
 
 
 def with_learned_reward(layout: str, request: pytest.FixtureRequest) -> list[str]:
-    """Return the arguments that replace the reward function by the reward role, which each layout reads its own way."""
+    """Return the arguments that replace the reward function by the reward role, built as each layout does."""
     reward = {"pe": "lora_reward_checkpoint"} | dict.fromkeys(
         ("full", "lora", "dynamic_lora"), "full_reward_checkpoint"
     )

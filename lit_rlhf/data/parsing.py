@@ -251,11 +251,18 @@ def _text_or_messages(row: Row, field: str) -> Text:
         return _text(row, field)
     if not value:
         raise _empty(row, field, "is an empty list")
-    for number, message in enumerate(value, start=1):
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise _wrong_type(row, field, f"must hold messages with text 'role' and 'content'; number {number} is not")
-        check_unicode(row, message["content"], field)
-    return value
+    return [_message(row, field, number, message) for number, message in enumerate(value, start=1)]
+
+
+def _message(row: Row, field: str, number: int, value: Any) -> dict[str, Any]:
+    """A message without the nulls that tables store for absent keys; one that only calls tools may lack content."""
+    message = {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else {}
+    if message.get("tool_calls"):
+        message.setdefault("content", "")
+    if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+        raise _wrong_type(row, field, f"must hold messages with text 'role' and 'content'; number {number} is not")
+    check_unicode(row, message["content"], field)
+    return message
 
 
 def _check_not_empty(row: Row, field: str, text: Text, part: str = "text") -> None:

@@ -89,23 +89,22 @@ def parse_instruction(row: Row, fields: Fields = DEFAULT_FIELDS) -> Instruction:
         field = fields.chosen
         prompt, response, _ = _split_transcripts(row, fields, _optional_text(row, fields.rejected))
     else:
-        has_own = row.data.get(fields.response) is not None or row.data.get(fields.chosen) is None
-        field = fields.response if has_own else fields.chosen
+        field = _response_field(row, fields)
         prompt, response = _prompt_and_response(row, fields, field)
     _check_not_empty(row, field, response)
     return Instruction(prompt, response, row.where)
 
 
 def parse_prompt(row: Row, fields: Fields = DEFAULT_FIELDS) -> Prompt:
-    """Turn a row into a prompt; of a pair, the prompt the two responses share.
+    """Turn a row into a prompt: the one that `parse_pair` and `parse_instruction` find in it.
 
     Raises:
-        DataError: The prompt is missing, of the wrong type or empty.
+        DataError: The prompt is missing, of the wrong type or empty, or differs from that of a conversation beside it.
     """
     if _format_of(row, fields) == "hh":
         prompt, _, _ = _split_transcripts(row, fields, _optional_text(row, fields.rejected))
-    elif row.data.get(fields.prompt) is None and isinstance(row.data.get(fields.chosen), list):
-        prompt, _ = _prompt_and_response(row, fields, fields.chosen)
+    elif _is_chat(row.data.get(field := _response_field(row, fields))):
+        prompt, _ = _prompt_and_response(row, fields, field)
     else:
         prompt = _prompt_field(row, fields)
     columns = {name: value for name, value in row.data.items() if name != fields.prompt}
@@ -192,6 +191,17 @@ def _prompt_and_response(row: Row, fields: Fields, field: str) -> tuple[Text, Te
     _check_prompt(row, field, messages[:-1])
     _check_same_prompt(row, fields, messages[:-1])
     return messages[:-1], messages[-1:]
+
+
+def _response_field(row: Row, fields: Fields) -> str:
+    """The field of the response, which chat messages can begin with the prompt: a row's own, else the chosen one."""
+    has_own = row.data.get(fields.response) is not None or row.data.get(fields.chosen) is None
+    return fields.response if has_own else fields.chosen
+
+
+def _is_chat(value: Any) -> bool:
+    """Whether a value is chat messages, and not some other list, which a reward function may want."""
+    return isinstance(value, list) and any(isinstance(item, dict) and "role" in item for item in value)
 
 
 def _check_same_prompt(row: Row, fields: Fields, conversation: Messages) -> None:

@@ -7,9 +7,7 @@ from data_helpers import make_tokenizer
 
 from lit_rlhf.data import BadRows, DataError, Fields, Prompt, Row, parse_prompt, tokenize_prompts
 
-ITEMS = (
-    "{% for key, value in c.function.arguments | items %}{{ key }} {{ value }}{% endfor %}"  # Llama 3.1
-)
+ITEMS = "{% for key, value in c.function.arguments | items %}{{ key }} {{ value }}{% endfor %}"  # Llama 3.1
 JSON = "{{ c.function.arguments | tojson }}"  # Qwen 2.5, Hermes
 PRINTED = "{{ c.function.arguments }}"
 JOINED = "{{ '' + c.function.arguments }}"  # DeepSeek V3

@@ -59,6 +59,40 @@ def test_every_chat_form_gives_the_same_pair(row):
     assert pair(row) == Pair([USER], [GOOD], [BAD], "f:1")
 
 
+SYSTEM = {"role": "system", "content": "s"}
+HEAD = [SYSTEM, {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, USER]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        (pair_row("a b", [*HEAD, GOOD], [*HEAD, BAD]), HEAD),
+        (pair_row("a b", [GOOD], [BAD]), [USER]),
+        (pair_row(None, [*HEAD, GOOD], [*HEAD, BAD]), HEAD),
+        (pair_row(HEAD, [*HEAD, GOOD], [*HEAD, BAD]), HEAD),
+        (pair_row(HEAD, [GOOD], [BAD]), HEAD),
+        (pair_row(HEAD), HEAD),
+        (pair_row(), "a b"),
+        ({"chosen": START + " yes", "rejected": START + " no"}, START),
+    ],
+    ids=["text-beside-whole", "text-beside-turn", "whole", "same-beside-whole", "turns", "texts", "plain", "hh"],
+)
+def test_all_modules_see_the_same_prompt(row, prompt):
+    for parse in (parse_pair, parse_instruction, parse_prompt):
+        assert parse(Row(row, "f:1")).prompt == prompt
+
+
+@pytest.mark.parametrize("more", [{}, {"prompt": "a b"}, {"prompt": "x"}])
+def test_prompts_and_instructions_of_whole_conversations_are_the_same(more):
+    row, fields = Row({"messages": [*HEAD, GOOD], **more}, "f:1"), Fields(response="messages")
+    assert parse_prompt(row, fields).prompt == parse_instruction(row, fields).prompt == HEAD
+
+
+def test_lists_that_are_no_messages_are_columns():
+    row = {"prompt": "a", "response": ["b", "c"], "chosen": [1]}
+    assert parse_prompt(Row(row, "f:1")).columns == {"response": ["b", "c"], "chosen": [1]}
+
+
 def test_chat_prompt_is_the_conversation_up_to_the_last_assistant_turn():
     row = {"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, GOOD, USER, BAD]}
     assert pair(row) == Pair([USER, GOOD, USER], [GOOD], [BAD], "f:1")

@@ -209,8 +209,11 @@ def _check_same_prompt(row: Row, fields: Fields, conversation: Messages) -> None
     if row.data.get(fields.prompt) is None:
         return
     prompt = _prompt_field(row, fields)
-    stated = [message["content"] for message in conversation] if isinstance(prompt, str) else [conversation]
-    if prompt not in stated:
+    if isinstance(prompt, str):
+        is_part = prompt.strip() in (message["content"].strip() for message in conversation)
+    else:
+        is_part = prompt == conversation
+    if not is_part:
         raise DataError(
             "differs from the conversation before the response",
             where=row.where,

@@ -20,7 +20,7 @@ from lit_rlhf.data.batches import ExampleDataset, collate
 from lit_rlhf.data.errors import BadRows, DataError, Notes, OnBadRow
 from lit_rlhf.data.formats import PublicFormat, RowConverter, converted_rows, find_converter
 from lit_rlhf.data.order import LengthGroupedSampler, ResumableLoader
-from lit_rlhf.data.parsing import Fields, Format, load_records
+from lit_rlhf.data.parsing import Fields, Format, cut_transcripts, load_records
 from lit_rlhf.data.records import Ranking, Record, Tokens, TokensT
 from lit_rlhf.data.sources import HUB_PREFIX, Row, load_hub
 from lit_rlhf.data.tokens import TokenizeOptions, pad_token_id, tokenize
@@ -167,7 +167,10 @@ class TextData(LightningDataModule, ABC, Generic[TokensT]):
         tokenizer = self._find_tokenizer()
         self.pad_id = pad_token_id(tokenizer)
         bad = BadRows(self.on_bad_row)
-        convert = partial(converted_rows, format=self.format, expand=self.expand, on_bad=bad)
+        if self.becomes_rankings:
+            convert = partial(converted_rows, format=self.format, expand=self.expand, on_bad=bad)
+        else:
+            convert = partial(cut_transcripts, fields=self.fields)
         records = load_records(self.sources, self.parse, bad, convert)
         order = torch.randperm(len(records), generator=torch.Generator().manual_seed(self.split_seed))
         records = [records[index] for index in order[: self.limit].tolist()]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from lit_rlhf.data.errors import RAISE, BadRowHandler, DataError, parsed
+from lit_rlhf.data.errors import RAISE, BadRowHandler, DataError, Notes, parsed
 from lit_rlhf.data.fields import bad_field, check_unicode
 from lit_rlhf.data.records import Instruction, Messages, Pair, Prompt, Text
 from lit_rlhf.data.sources import Row, read_rows
@@ -63,7 +63,7 @@ def parse_pair(row: Row, fields: Fields = DEFAULT_FIELDS) -> Pair:
     """
     if _format_of(row, fields) == "hh":
         prompt, chosen, rejected = _split_transcripts(row, fields, _text(row, fields.rejected))
-        pair = Pair(prompt, chosen, rejected, row.where)
+        pair = Pair(prompt, _first_turn(chosen), _first_turn(rejected), row.where)
     else:
         pair = _pair_of_columns(row, fields)
     _check_not_empty(row, fields.chosen, pair.chosen)
@@ -87,7 +87,8 @@ def parse_instruction(row: Row, fields: Fields = DEFAULT_FIELDS) -> Instruction:
     """
     if _format_of(row, fields) == "hh":
         field = fields.chosen
-        prompt, response, _ = _split_transcripts(row, fields, _optional_text(row, fields.rejected))
+        prompt, answer, _ = _split_transcripts(row, fields, _optional_text(row, fields.rejected))
+        response: Text = _first_turn(answer)
     else:
         field = _response_field(row, fields)
         prompt, response = _prompt_and_response(row, fields, field)
@@ -131,8 +132,30 @@ def _format_of(row: Row, fields: Fields) -> Literal["columns", "hh"]:
     )
 
 
-def _split_transcripts(row: Row, fields: Fields, rejected: str | None) -> tuple[Text, Text, Text]:
-    """Split HH-RLHF transcripts into (prompt, chosen response, rejected response).
+def cut_transcripts(rows: Iterable[Row], fields: Fields) -> Iterator[Row]:
+    """Leave out HH-RLHF rows whose transcripts first differ in what the human says, and warn of what is cut.
+
+    Such a row compares no answers to one prompt. Where transcripts first differ in an answer that is not the last,
+    the answers are those two, and what follows them is no part of any record.
+    """
+    notes = Notes()
+    for row in rows:
+        try:
+            is_hh = _format_of(row, fields) == "hh"
+            _, *answers = _split_transcripts(row, fields, _optional_text(row, fields.rejected)) if is_hh else ("",)
+        except DataError:
+            answers = []  # the parser reports it
+        if any(HH_HUMAN in answer for answer in answers):
+            if _first_turn(answers[0]) == _first_turn(answers[1]):
+                notes["rows whose transcripts first differ in what the human says"] += 1
+                continue
+            notes["the turns behind the first answer that differs, in rows that differ before their last turn"] += 1
+        yield row
+    notes.warn(fields.format)
+
+
+def _split_transcripts(row: Row, fields: Fields, rejected: str | None) -> tuple[Text, str, str]:
+    """Split HH-RLHF transcripts into prompt, the rest of chosen and the rest of rejected.
 
     The prompt is the longest shared beginning that ends in "Assistant:". It is cut there rather than at each
     transcript's own last turn because in some real rows the two already differ in an earlier turn.
@@ -154,9 +177,20 @@ def _split_transcripts(row: Row, fields: Fields, rejected: str | None) -> tuple[
     return chosen[:end], chosen[end:], "" if rejected is None else rejected[end:]
 
 
+def _first_turn(transcript: str) -> str:
+    """What the assistant says before the human's next turn, which is no part of the answer."""
+    return transcript.partition(HH_HUMAN)[0]
+
+
 def _shared_beginning(first: str, second: str) -> str:
-    differ = (index for index, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
-    return first[: next(differ, min(len(first), len(second)))]
+    same, different = 0, min(len(first), len(second)) + 1  # lengths of beginnings; halved, as texts are long
+    while different - same > 1:
+        middle = (same + different) // 2
+        if first[:middle] == second[:middle]:
+            same = middle
+        else:
+            different = middle
+    return first[:same]
 
 
 def _pair_of_columns(row: Row, fields: Fields) -> Pair:

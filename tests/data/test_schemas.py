@@ -22,6 +22,7 @@ from lit_rlhf.data import (
     parse_pair,
     parse_prompt,
 )
+from lit_rlhf.data.parsing import _shared_beginning, cut_transcripts
 
 USER = {"role": "user", "content": "a b"}
 GOOD = {"role": "assistant", "content": "c"}
@@ -104,10 +105,32 @@ def test_hh(format):
     assert pair(row, format=format) == Pair(START, " yes", " yes, no", "f:1")
 
 
+FIRST = "\n\nHuman: a\n\nAssistant:"
+EARLY = {"chosen": FIRST + " b\n\nHuman: c\n\nAssistant: d", "rejected": FIRST + " no\n\nHuman: e\n\nAssistant: f"}
+IN_A_QUESTION = {"chosen": FIRST + " b\n\nHuman: c\n\nAssistant: d", "rejected": FIRST + " b\n\nHuman: e"}
+
+
 def test_hh_transcripts_that_differ_in_an_earlier_turn_split_there():
-    first = "\n\nHuman: a\n\nAssistant:"
-    row = {"chosen": first + " b\n\nHuman: c\n\nAssistant: d", "rejected": first + " no"}
-    assert pair(row) == Pair(first, " b\n\nHuman: c\n\nAssistant: d", " no", "f:1")
+    assert pair(EARLY) == Pair(FIRST, " b", " no", "f:1")
+    assert parse_instruction(Row(EARLY, "f:1")) == Instruction(FIRST, " b", "f:1")
+    trailing = {"chosen": FIRST + " b\n\nHuman: thanks"}
+    assert parse_instruction(Row(trailing, "f:1")) == Instruction(FIRST, " b", "f:1")
+
+
+def test_hh_transcripts_that_differ_before_the_last_turn_are_counted():
+    same = {"chosen": START + " yes", "rejected": START + " no"}
+    rows = [Row(data, "f:1") for data in (same, EARLY, IN_A_QUESTION, pair_row(), {"chosen": FIRST}, MISSING)]
+    with pytest.warns(UserWarning, match="Format 'auto' left out: 1 the turns behind .* 1 rows whose transcripts"):
+        kept = list(cut_transcripts(rows, Fields()))
+    assert kept == [row for row in rows if row.data != IN_A_QUESTION]
+
+
+@given(st.text("ab", max_size=6), st.text("ab", max_size=6))
+def test_shared_beginning(first, second):
+    shared = _shared_beginning(first, second)
+    assert first.startswith(shared)
+    assert second.startswith(shared)
+    assert first[len(shared) : len(shared) + 1] != second[len(shared) : len(shared) + 1] or first == second == shared
 
 
 def test_instruction_sources():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Generic, cast, get_args
@@ -12,14 +13,15 @@ from typing import TYPE_CHECKING, Generic, cast, get_args
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lit_rlhf.data.batches import Batch, ExampleDataset, collate
 from lit_rlhf.data.errors import BadRows, DataError, Notes, OnBadRow
 from lit_rlhf.data.formats import PublicFormat, RowConverter, converted_rows, find_converter
 from lit_rlhf.data.order import LengthGroupedSampler, ResumableLoader
-from lit_rlhf.data.parsing import Fields, Format, load_records
-from lit_rlhf.data.records import Ranking, Record, TokensT
+from lit_rlhf.data.parsing import Fields, Format, cut_transcripts, load_records
+from lit_rlhf.data.records import Ranking, Record, Tokens, TokensT
 from lit_rlhf.data.sources import HUB_PREFIX, Row, load_hub
 from lit_rlhf.data.tokens import TokenizeOptions, pad_token_id, tokenize
 from lit_rlhf.errors import ConfigError
@@ -39,7 +41,7 @@ class TextData(LightningDataModule, ABC, Generic[TokensT]):
             folders written by `datasets.Dataset.save_to_disk`, or hub:owner/name[:split].
         validation: Source of the validation rows; None splits them off the rows of `train`.
         validation_size: Rows to split off if `validation` is None: a count or a fraction below 1; 0 for none.
-            Other rows with the same prompts go with them.
+            Prompts are split off whole, so that it can be more rows; a message says how many.
         split_seed: Seed of the shuffle.
         limit: Use this many rows of `train` (before the split), the first of the shuffle; None for all.
         format: "columns" reads a prompt field and response fields (text or chat messages), "hh" reads
@@ -165,7 +167,10 @@ class TextData(LightningDataModule, ABC, Generic[TokensT]):
         tokenizer = self._find_tokenizer()
         self.pad_id = pad_token_id(tokenizer)
         bad = BadRows(self.on_bad_row)
-        convert = partial(converted_rows, format=self.format, expand=self.expand, on_bad=bad)
+        if self.becomes_rankings:
+            convert = partial(converted_rows, format=self.format, expand=self.expand, on_bad=bad)
+        else:
+            convert = partial(cut_transcripts, fields=self.fields)
         records = load_records(self.sources, self.parse, bad, convert)
         order = torch.randperm(len(records), generator=torch.Generator().manual_seed(self.split_seed))
         records = [records[index] for index in order[: self.limit].tolist()]
@@ -179,6 +184,7 @@ class TextData(LightningDataModule, ABC, Generic[TokensT]):
             if before and not part:
                 fix = "Raise max_prompt_length or max_response_length, or change what they drop."
                 raise DataError(f"none of the {len(before)} {name} rows is left", where=str(self.sources), fix=fix)
+        rank_zero_info(f"Training data: {describe(train)}; validation: {describe(val)}.")
         self.val_dataset = ExampleDataset(val)
         self.train_dataset = ExampleDataset(train)
 
@@ -241,7 +247,10 @@ def _ignore_sigterm(worker: int) -> None:
 def split(
     records: list[Record[TokensT]], size: int | float, where: str
 ) -> tuple[list[Record[TokensT]], list[Record[TokensT]]]:
-    """Hold out the first `size` records (a count, or a fraction), and every other record with one of their prompts.
+    """Hold out whole prompts, each with all its records, until there are `size` records (a count, or a fraction).
+
+    Prompts are taken in the order of the records, those with more records than are missing only where no others are
+    left: then the smallest of them, unless nothing would remain to train on.
 
     Returns:
         The records held out, and the rest.
@@ -258,17 +267,32 @@ def split(
             fix="Lower validation_size (0 for no validation), or name a validation source.",
         )
     keys = [json.dumps(record.prompt) for record in records]
-    prompts = set(keys[:size])
+    rows = Counter(keys)  # in the order of their first records
+    missing = size
+    prompts: set[str] = set()
+    for key, count in rows.items():
+        if count <= missing:
+            prompts.add(key)
+            missing -= count
+    larger = [key for key in rows if key not in prompts]
+    if missing and (len(larger) > 1 or not prompts):
+        prompts.add(min(larger, key=rows.__getitem__))
     held_out, rest = (
         [r for r, key in zip(records, keys, strict=True) if (key in prompts) is out] for out in (True, False)
     )
     if not rest:
         raise DataError(
-            "all rows share the prompts of the validation rows, which leaves none to train on",
+            "all rows share one prompt, so that holding out validation rows leaves none to train on",
             where=where,
             fix="Name a validation source, or set validation_size to 0.",
         )
     return held_out, rest
+
+
+def describe(examples: Sequence[Tokens]) -> str:
+    """The number of examples, and of the different prompts in them."""
+    prompts = len({hash(tuple(example.prompt)) for example in examples})
+    return f"{len(examples)} rows over {prompts} prompt{'s' if prompts != 1 else ''}"
 
 
 def unmet(*conditions: tuple[bool, str]) -> list[str]:

@@ -172,9 +172,20 @@ class PromptData(TextData[PromptTokens]):
     Batches (see `collate`): tokens (n, P); attention_mask; prompts, n strings; columns, name -> n values.
 
     Args:
+        response_column: Field of a response, which as a whole conversation holds the prompt; a row without it may
+            hold the prompt in its `chosen_column`.
         kwargs: Arguments of `TextData`.
 
     """
+
+    def __init__(self, response_column: str = "response", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.fields = replace(self.fields, response=response_column)
+
+    def problems(self) -> list[str]:
+        """Add the settings of this module."""
+        acts = self.fields.response == "response" or not self.becomes_rankings
+        return super().problems() + unmet((acts, f"response_column does not act on format {self.format!r}"))
 
     def parse(self, row: Row) -> Prompt:
         """Turn a row into a prompt, see `parse_prompt`."""

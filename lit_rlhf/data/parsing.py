@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from lit_rlhf.data.errors import RAISE, BadRowHandler, DataError, parsed
+from lit_rlhf.data.errors import RAISE, BadRowHandler, DataError, Notes, parsed
 from lit_rlhf.data.fields import bad_field, check_unicode
 from lit_rlhf.data.records import Instruction, Messages, Pair, Prompt, Text
 from lit_rlhf.data.sources import Row, read_rows
@@ -63,7 +63,7 @@ def parse_pair(row: Row, fields: Fields = DEFAULT_FIELDS) -> Pair:
     """
     if _format_of(row, fields) == "hh":
         prompt, chosen, rejected = _split_transcripts(row, fields, _text(row, fields.rejected))
-        pair = Pair(prompt, chosen, rejected, row.where)
+        pair = Pair(prompt, _first_turn(chosen), _first_turn(rejected), row.where)
     else:
         pair = _pair_of_columns(row, fields)
     _check_not_empty(row, fields.chosen, pair.chosen)
@@ -87,25 +87,25 @@ def parse_instruction(row: Row, fields: Fields = DEFAULT_FIELDS) -> Instruction:
     """
     if _format_of(row, fields) == "hh":
         field = fields.chosen
-        prompt, response, _ = _split_transcripts(row, fields, _optional_text(row, fields.rejected))
+        prompt, answer, _ = _split_transcripts(row, fields, _optional_text(row, fields.rejected))
+        response: Text = _first_turn(answer)
     else:
-        has_own = row.data.get(fields.response) is not None or row.data.get(fields.chosen) is None
-        field = fields.response if has_own else fields.chosen
+        field = _response_field(row, fields)
         prompt, response = _prompt_and_response(row, fields, field)
     _check_not_empty(row, field, response)
     return Instruction(prompt, response, row.where)
 
 
 def parse_prompt(row: Row, fields: Fields = DEFAULT_FIELDS) -> Prompt:
-    """Turn a row into a prompt; of a pair, the prompt that the two responses share.
+    """Turn a row into a prompt: the one that `parse_pair` and `parse_instruction` find in it.
 
     Raises:
-        DataError: The prompt is missing, of the wrong type or empty.
+        DataError: The prompt is missing, of the wrong type or empty, or differs from that of a conversation beside it.
     """
     if _format_of(row, fields) == "hh":
         prompt, _, _ = _split_transcripts(row, fields, _optional_text(row, fields.rejected))
-    elif row.data.get(fields.prompt) is None and isinstance(row.data.get(fields.chosen), list):
-        prompt, _ = _prompt_and_response(row, fields, fields.chosen)
+    elif _is_chat(row.data.get(field := _response_field(row, fields))):
+        prompt, _ = _prompt_and_response(row, fields, field)
     else:
         prompt = _prompt_field(row, fields)
     columns = {name: value for name, value in row.data.items() if name != fields.prompt}
@@ -132,8 +132,30 @@ def _format_of(row: Row, fields: Fields) -> Literal["columns", "hh"]:
     )
 
 
-def _split_transcripts(row: Row, fields: Fields, rejected: str | None) -> tuple[Text, Text, Text]:
-    """Split HH-RLHF transcripts into (prompt, chosen response, rejected response).
+def cut_transcripts(rows: Iterable[Row], fields: Fields) -> Iterator[Row]:
+    """Leave out HH-RLHF rows whose transcripts first differ in what the human says, and warn of what is cut.
+
+    Such a row compares no answers to one prompt. Where transcripts first differ in an answer that is not the last,
+    the answers are those two, and what follows them is no part of any record.
+    """
+    notes = Notes()
+    for row in rows:
+        try:
+            is_hh = _format_of(row, fields) == "hh"
+            _, *answers = _split_transcripts(row, fields, _optional_text(row, fields.rejected)) if is_hh else ("",)
+        except DataError:
+            answers = []  # the parser reports it
+        if any(HH_HUMAN in answer for answer in answers):
+            if _first_turn(answers[0]) == _first_turn(answers[1]):
+                notes["rows whose transcripts first differ in what the human says"] += 1
+                continue
+            notes["the turns behind the first answer that differs, in rows that differ before their last turn"] += 1
+        yield row
+    notes.warn(fields.format)
+
+
+def _split_transcripts(row: Row, fields: Fields, rejected: str | None) -> tuple[Text, str, str]:
+    """Split HH-RLHF transcripts into prompt, the rest of chosen and the rest of rejected.
 
     The prompt is the longest shared beginning that ends in "Assistant:". It is cut there rather than at each
     transcript's own last turn because in some real rows the two already differ in an earlier turn.
@@ -155,9 +177,20 @@ def _split_transcripts(row: Row, fields: Fields, rejected: str | None) -> tuple[
     return chosen[:end], chosen[end:], "" if rejected is None else rejected[end:]
 
 
+def _first_turn(transcript: str) -> str:
+    """What the assistant says before the human's next turn, which is no part of the answer."""
+    return transcript.partition(HH_HUMAN)[0]
+
+
 def _shared_beginning(first: str, second: str) -> str:
-    differ = (index for index, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
-    return first[: next(differ, min(len(first), len(second)))]
+    same, different = 0, min(len(first), len(second)) + 1  # lengths of beginnings; halved, as texts are long
+    while different - same > 1:
+        middle = (same + different) // 2
+        if first[:middle] == second[:middle]:
+            same = middle
+        else:
+            different = middle
+    return first[:same]
 
 
 def _pair_of_columns(row: Row, fields: Fields) -> Pair:
@@ -194,13 +227,27 @@ def _prompt_and_response(row: Row, fields: Fields, field: str) -> tuple[Text, Te
     return messages[:-1], messages[-1:]
 
 
+def _response_field(row: Row, fields: Fields) -> str:
+    """The field of the response, which chat messages can begin with the prompt: a row's own, else the chosen one."""
+    has_own = row.data.get(fields.response) is not None or row.data.get(fields.chosen) is None
+    return fields.response if has_own else fields.chosen
+
+
+def _is_chat(value: Any) -> bool:
+    """Whether a value is chat messages, and not some other list, which a reward function may want."""
+    return isinstance(value, list) and any(isinstance(item, dict) and "role" in item for item in value)
+
+
 def _check_same_prompt(row: Row, fields: Fields, conversation: Messages) -> None:
     """Refuse a prompt field that is not part of the conversation beside it: the row would have two prompts."""
     if row.data.get(fields.prompt) is None:
         return
     prompt = _prompt_field(row, fields)
-    stated = [message["content"] for message in conversation] if isinstance(prompt, str) else [conversation]
-    if prompt not in stated:
+    if isinstance(prompt, str):
+        is_part = prompt.strip() in (message["content"].strip() for message in conversation)
+    else:
+        is_part = prompt == conversation
+    if not is_part:
         raise DataError(
             "differs from the conversation before the response",
             where=row.where,
@@ -251,11 +298,18 @@ def _text_or_messages(row: Row, field: str) -> Text:
         return _text(row, field)
     if not value:
         raise _empty(row, field, "is an empty list")
-    for number, message in enumerate(value, start=1):
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise _wrong_type(row, field, f"must hold messages with text 'role' and 'content'; number {number} is not")
-        check_unicode(row, message["content"], field)
-    return value
+    return [_message(row, field, number, message) for number, message in enumerate(value, start=1)]
+
+
+def _message(row: Row, field: str, number: int, value: Any) -> dict[str, Any]:
+    """A message without the nulls that tables store for absent keys; one that only calls tools may lack content."""
+    message = {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else {}
+    if message.get("tool_calls"):
+        message.setdefault("content", "")
+    if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+        raise _wrong_type(row, field, f"must hold messages with text 'role' and 'content'; number {number} is not")
+    check_unicode(row, message["content"], field)
+    return message
 
 
 def _check_not_empty(row: Row, field: str, text: Text, part: str = "text") -> None:

@@ -16,6 +16,7 @@ from lit_rlhf.data.errors import RAISE, BadRowHandler, DataError, parsed
 HUB_PREFIX = "hub:"
 EACH_LINE = "Put one JSON object on each line"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors write it
+CSV_FIELD_LIMIT = 2**31 - 1  # characters; the csv module's own limit, which a long log or document passes, is 131,072
 SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves in a folder
 ACCEPTED = (
     "a .jsonl, .json, .jsonl.gz, .json.gz, .csv or .parquet file, a folder written by datasets' save_to_disk, "
@@ -44,7 +45,8 @@ def read_rows(source: str, on_bad: BadRowHandler = RAISE) -> Iterator[Row]:
         Iterator over the rows, in file order. Blank lines give no row.
 
     Raises:
-        DataError: The source does not exist, has an unknown form, or is damaged as a whole.
+        DataError: The source does not exist, has an unknown form, or is damaged: a parser that has lost its place
+            would take what follows for rows, so that nothing behind it is read, whatever `on_bad` does.
     """
     if source.startswith(HUB_PREFIX):
         return _number(load_hub(source), source)
@@ -73,9 +75,14 @@ def _read_jsonl(path: Path, on_bad: BadRowHandler) -> Iterator[Row]:
 
 def _read_json(path: Path, on_bad: BadRowHandler) -> Iterator[Row]:
     with _open_binary(path) as file:
-        lines = (line.strip() for _, line in _lines(file, path))
-        is_array = next(filter(None, lines), b"").startswith(b"[")
-    return _read_json_array(path, on_bad) if is_array else _read_jsonl(path, on_bad)
+        first = next(((number, line) for number, line in _lines(file, path) if line.strip()), None)
+    if first is None:
+        return iter(())
+    if first[1].lstrip().startswith(b"["):
+        return _read_json_array(path, on_bad)
+    # An object over several lines: its lines are no rows, even those that are whole objects.
+    _parse_json(first[1], f"{path.name}:{first[0]}", f"{EACH_LINE}, or one array of objects in the file.")
+    return _read_jsonl(path, on_bad)
 
 
 def _read_json_array(path: Path, on_bad: BadRowHandler) -> Iterator[Row]:
@@ -135,39 +142,41 @@ def _read_csv(path: Path, on_bad: BadRowHandler) -> Iterator[Row]:
     # Undecodable bytes become lone surrogates here and are found per field, so that one bad row
     # does not stop the reader in the middle of the file.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, strict=True)  # strict: an open quote is an error, not a long field
-        header: list[str] | None = None
-        while True:
-            where = f"{path.name}:{reader.line_num + 1}"
-            try:
-                cells = next(reader, None)
-                if cells is None:
-                    return
-                if not cells:  # blank line
-                    continue
-                if header is None:
-                    header = _check_header(cells, where)
-                    continue
-                row = Row(_csv_fields(header, cells, where), where)
-            except (csv.Error, DataError) as error:
-                problem = error if isinstance(error, DataError) else _broken_csv(error, where)
-                if header is None:
-                    raise problem from error  # without a header no row can be read
-                on_bad(problem)
-            else:
-                yield row
+        records = _csv_records(file, path.name)
+        header = next(records, None)
+        if header is None:
+            return
+        _check_header(*header)
+        names = header[1]
+        yield from parsed(records, lambda record: Row(_csv_fields(names, record[1], record[0]), record[0]), on_bad)
 
 
-def _broken_csv(error: csv.Error, where: str) -> DataError:
-    return DataError(f"broken CSV ({error})", where=where, fix="Check the quotes.", reason="broken CSV")
+def _csv_records(file: Iterable[str], name: str) -> Iterator[tuple[str, list[str]]]:
+    """Place and cells of each record that is no blank line."""
+    reader = csv.reader(file, strict=True)  # strict: an open quote is an error, not a long field
+    while True:
+        where = f"{name}:{reader.line_num + 1}"
+        shared_limit = csv.field_size_limit(CSV_FIELD_LIMIT)  # of the process, hence set for one record at a time
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            fix = "Check its quotes, and those of the rows before it."
+            raise DataError(
+                f"broken CSV ({error}); where later rows begin is unknown", where=where, fix=fix, reason="broken CSV"
+            ) from error
+        finally:
+            csv.field_size_limit(shared_limit)
+        if cells is None:
+            return
+        if cells:
+            yield where, cells
 
 
-def _check_header(header: list[str], where: str) -> list[str]:
+def _check_header(where: str, header: list[str]) -> None:
     if len(set(header)) < len(header) or not all(_is_utf8(name) and name.strip() for name in header):
         raise DataError(
             f"the header {header} must name each column once, in UTF-8", where=where, fix="Correct the first line."
         )
-    return header
 
 
 def _csv_fields(header: list[str], cells: list[str], where: str) -> dict[str, Any]:

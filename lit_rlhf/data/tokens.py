@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lit_rlhf.data.chat import render
 from lit_rlhf.data.errors import RAISE, BadRowHandler, DataError
-from lit_rlhf.data.records import Ids, Messages, Record, Text, TokensT
+from lit_rlhf.data.records import Ids, Record, Text, TokensT
 from lit_rlhf.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def _encode_prompts(
             if isinstance(record.prompt, str):
                 plain[index] = record.prompt
             else:
-                rendered[index] = _render(record.prompt, tokenizer, record.where)
+                rendered[index] = render(record.prompt, tokenizer, record.where)
         except DataError as error:
             on_bad(error)
     for texts, special in ((plain, True), (rendered, False)):  # a template writes its own special tokens
@@ -235,26 +236,3 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, special: bool)
                 end -= 1
             encoded.append(array("i", ids[:end]))
     return encoded
-
-
-def _render(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
-    if not tokenizer.chat_template:
-        raise DataError(
-            "holds chat messages, but the tokenizer has no chat template",
-            where=where,
-            field="prompt",
-            fix="Use a chat model's tokenizer, set tokenizer.chat_template, or use text fields.",
-            reason="no chat template",
-        )
-    from jinja2 import TemplateError
-
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except TemplateError as error:
-        raise DataError(
-            f"is refused by the tokenizer's chat template ({error})",
-            where=where,
-            field="prompt",
-            fix="Change the roles or their order to what the template accepts.",
-            reason="refused by the chat template",
-        ) from error

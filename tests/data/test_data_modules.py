@@ -53,6 +53,34 @@ def test_rows_with_one_prompt_stay_on_one_side_of_the_split(write):
     assert 5 <= len(data.val_dataset) <= 10
 
 
+@pytest.mark.parametrize(
+    ("rows", "prompts", "size", "held_out"),
+    [(1000, 20, 50, 50), (1000, 20, 60, 100), (1000, 20, 1, 50), (800, 40, 0.05, 40), (100, 2, 90, 50)],
+)
+def test_validation_takes_whole_prompts_until_its_rows_are_reached(write, rows, prompts, size, held_out):
+    source = write([pair_row(LETTERS[i % prompts % 20] + " a" * (i % prompts // 20), "c", id=i) for i in range(rows)])
+    data = ready(PreferenceData, source, validation_size=size)
+    assert (len(data.val_dataset), len(data.train_dataset)) == (held_out, rows - held_out)
+
+
+def test_one_prompt_with_most_rows_is_no_validation_data(write):
+    source = write([pair_row("a" if i < 90 else LETTERS[i - 90 + 1], "c") for i in range(100)])
+    for seed in range(5):
+        assert len(ready(PreferenceData, source, validation_size=5, split_seed=seed).val_dataset) == 5
+
+
+def test_rows_and_prompts_of_both_parts_are_logged(write, caplog):
+    source = write([pair_row(LETTERS[i % 4], "c") for i in range(20)])
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        ready(PreferenceData, source, validation_size=5)
+    assert "Training data: 15 rows over 3 prompts; validation: 5 rows over 1 prompt." in caplog.text
+
+
+def test_one_prompt_cannot_be_split(write):
+    with pytest.raises(DataError, match="all rows share one prompt"):
+        ready(PreferenceData, write([pair_row("a", "c")] * 20), validation_size=5)
+
+
 def test_validation_must_leave_rows_to_train_on(source):
     with pytest.raises(DataError, match="splitting 20 validation rows off 20 leaves none to train on"):
         ready(PromptData, source, validation_size=20)

@@ -1,3 +1,4 @@
+import csv
 import gzip
 import json
 
@@ -127,7 +128,7 @@ def test_unusable_sources(tmp_path, monkeypatch, source, fragments):
     ("name", "content"),
     [
         ("r.jsonl", b'{"a": "1"}\n{"a\n{"a": "\xff"}\n7\n{"a": "2"}\n'),
-        ("r.csv", b'a,b\n1,x\n1\n\xff,1\n"1"2,1\n2,x\n'),
+        ("r.csv", b"a,b\n1,x\n1\n\xff,1\n1,2,3\n2,x\n"),
     ],
 )
 def test_skipping_goes_on_after_bad_rows(tmp_path, name, content):
@@ -135,6 +136,34 @@ def test_skipping_goes_on_after_bad_rows(tmp_path, name, content):
     bad = BadRows("skip")
     assert [row.data["a"] for row in read_rows(str(tmp_path / name), bad)] == ["1", "2"]
     assert bad.counts.total() == 3
+
+
+LONG = 'a line of "quoted" text\n' * 6500 + "ham,eggs\nsalt,oil\n"  # 150,000 characters that hold two rows
+
+
+def test_csv_fields_may_be_long(tmp_path):
+    with (tmp_path / "r.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["a", "b"], ["1", "x"], [LONG, "x"], ["2", "x"]])
+    limit = csv.field_size_limit()
+    for bad in (BadRows("error"), BadRows("skip")):
+        assert [row.data["a"] for row in read_rows(str(tmp_path / "r.csv"), bad)] == ["1", LONG, "2"]
+    assert csv.field_size_limit() == limit  # other users of the module keep theirs
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("r.csv", b'a,b\n1,x\n"1"2,"\nham,eggs\n"\n2,x\n'),  # ham and eggs stand inside a field
+        ("r.csv", b'a,b\n1,x\n"1,x\n2,x\n3,"x"\n4,x\n'),
+        ("r.json", b'{\n"rows": [\n{"a": "1"},\n{"a": "2"}\n]\n}\n'),
+    ],
+)
+def test_a_parser_that_lost_its_place_reads_no_more_even_when_skipping(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    found = []
+    with pytest.raises(DataError, match="broken"):
+        found.extend(row.data["a"] for row in read_rows(str(tmp_path / name), BadRows("skip")))
+    assert found in ([], ["1"])
 
 
 def test_damage_stops_the_reader_even_when_skipping(tmp_path):

@@ -22,6 +22,7 @@ from lit_rlhf.data import (
     parse_pair,
     parse_prompt,
 )
+from lit_rlhf.data.parsing import _shared_beginning, cut_transcripts
 
 USER = {"role": "user", "content": "a b"}
 GOOD = {"role": "assistant", "content": "c"}
@@ -59,6 +60,40 @@ def test_every_chat_form_gives_the_same_pair(row):
     assert pair(row) == Pair([USER], [GOOD], [BAD], "f:1")
 
 
+SYSTEM = {"role": "system", "content": "s"}
+HEAD = [SYSTEM, {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, USER]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        (pair_row("a b", [*HEAD, GOOD], [*HEAD, BAD]), HEAD),
+        (pair_row("a b", [GOOD], [BAD]), [USER]),
+        (pair_row(None, [*HEAD, GOOD], [*HEAD, BAD]), HEAD),
+        (pair_row(HEAD, [*HEAD, GOOD], [*HEAD, BAD]), HEAD),
+        (pair_row(HEAD, [GOOD], [BAD]), HEAD),
+        (pair_row(HEAD), HEAD),
+        (pair_row(), "a b"),
+        ({"chosen": START + " yes", "rejected": START + " no"}, START),
+    ],
+    ids=["text-beside-whole", "text-beside-turn", "whole", "same-beside-whole", "turns", "texts", "plain", "hh"],
+)
+def test_all_modules_see_the_same_prompt(row, prompt):
+    for parse in (parse_pair, parse_instruction, parse_prompt):
+        assert parse(Row(row, "f:1")).prompt == prompt
+
+
+@pytest.mark.parametrize("more", [{}, {"prompt": "a b"}, {"prompt": "x"}])
+def test_prompts_and_instructions_of_whole_conversations_are_the_same(more):
+    row, fields = Row({"messages": [*HEAD, GOOD], **more}, "f:1"), Fields(response="messages")
+    assert parse_prompt(row, fields).prompt == parse_instruction(row, fields).prompt == HEAD
+
+
+def test_lists_that_are_no_messages_are_columns():
+    row = {"prompt": "a", "response": ["b", "c"], "chosen": [1]}
+    assert parse_prompt(Row(row, "f:1")).columns == {"response": ["b", "c"], "chosen": [1]}
+
+
 def test_chat_prompt_is_the_conversation_up_to_the_last_assistant_turn():
     row = {"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, GOOD, USER, BAD]}
     assert pair(row) == Pair([USER, GOOD, USER], [GOOD], [BAD], "f:1")
@@ -70,10 +105,32 @@ def test_hh(format):
     assert pair(row, format=format) == Pair(START, " yes", " yes, no", "f:1")
 
 
+FIRST = "\n\nHuman: a\n\nAssistant:"
+EARLY = {"chosen": FIRST + " b\n\nHuman: c\n\nAssistant: d", "rejected": FIRST + " no\n\nHuman: e\n\nAssistant: f"}
+IN_A_QUESTION = {"chosen": FIRST + " b\n\nHuman: c\n\nAssistant: d", "rejected": FIRST + " b\n\nHuman: e"}
+
+
 def test_hh_transcripts_that_differ_in_an_earlier_turn_split_there():
-    first = "\n\nHuman: a\n\nAssistant:"
-    row = {"chosen": first + " b\n\nHuman: c\n\nAssistant: d", "rejected": first + " no"}
-    assert pair(row) == Pair(first, " b\n\nHuman: c\n\nAssistant: d", " no", "f:1")
+    assert pair(EARLY) == Pair(FIRST, " b", " no", "f:1")
+    assert parse_instruction(Row(EARLY, "f:1")) == Instruction(FIRST, " b", "f:1")
+    trailing = {"chosen": FIRST + " b\n\nHuman: thanks"}
+    assert parse_instruction(Row(trailing, "f:1")) == Instruction(FIRST, " b", "f:1")
+
+
+def test_hh_transcripts_that_differ_before_the_last_turn_are_counted():
+    same = {"chosen": START + " yes", "rejected": START + " no"}
+    rows = [Row(data, "f:1") for data in (same, EARLY, IN_A_QUESTION, pair_row(), {"chosen": FIRST}, MISSING)]
+    with pytest.warns(UserWarning, match="Format 'auto' left out: 1 the turns behind .* 1 rows whose transcripts"):
+        kept = list(cut_transcripts(rows, Fields()))
+    assert kept == [row for row in rows if row.data != IN_A_QUESTION]
+
+
+@given(st.text("ab", max_size=6), st.text("ab", max_size=6))
+def test_shared_beginning(first, second):
+    shared = _shared_beginning(first, second)
+    assert first.startswith(shared)
+    assert second.startswith(shared)
+    assert first[len(shared) : len(shared) + 1] != second[len(shared) : len(shared) + 1] or first == second == shared
 
 
 def test_instruction_sources():

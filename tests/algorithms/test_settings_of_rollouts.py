@@ -1,12 +1,16 @@
 """Every setting of the rollouts and of training in what is asked and logged; which settings are refused."""
 
+import csv
+import json
 import math
+from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from helpers import make_trainer
 from torch import Tensor
 from typed_numbers import (
     NOW,
@@ -28,8 +32,10 @@ from lit_rlhf import (
     PPO,
     RLOO,
     AdaptiveKL,
+    Experience,
     FixedKL,
     OnPolicyModule,
+    PromptData,
     Reinforce,
     ReinforcePlusPlus,
     ReMax,
@@ -226,3 +232,40 @@ def test_the_length_of_an_iteration_is_that_of_all_ranks() -> None:
     strategy = SimpleNamespace(state=SimpleNamespace(fn=None), world_size=2, precision="32-true")
     module._trainer = strategy
     assert module.problems() == ["kl.horizon 1.5 must be above a fifth of an iteration's 8 responses"]
+
+
+# ---- whole runs ----------------------------------------------------------------------------------------------------
+
+
+class KeepsLosses(RLOO):
+    """Keeps each minibatch's loss and the learning rate that it is trained with."""
+
+    def training_step(self, batch: Experience, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        rate = self.optimizers().param_groups[0]["lr"]
+        self.seen = [*getattr(self, "seen", []), (self.current_epoch, float(loss), rate)]
+        return loss
+
+
+def test_a_schedule_moves_once_an_iteration_and_losses_are_logged_as_its_mean(
+    prompts: PromptData, tmp_path: Path
+) -> None:
+    def halved(optimizer: torch.optim.Optimizer) -> Any:
+        return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+
+    settings = {"rollout_size": 8, "minibatch_size": 4, "inner_epochs": 2, "samples_per_prompt": 2, "log_samples": 3}
+    module = make(KeepsLosses, lr_scheduler=halved, **settings)
+    make_trainer(tmp_path, 2).fit(module, prompts)
+    assert [rate for _, _, rate in module.seen] == [1e-3] * 4 + [5e-4] * 4
+    with (tmp_path / "metrics.csv").open() as file:
+        logged = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+    by_iteration = [[loss for epoch, loss, _ in module.seen if epoch == iteration] for iteration in (0, 1)]
+    assert logged == pytest.approx([fmean(losses) for losses in by_iteration], rel=1e-4, abs=1e-7)
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [sample["iteration"] for sample in samples] == [0] * 3 + [1] * 3
+
+
+def test_responses_that_the_model_has_no_positions_for_are_refused(prompts: PromptData, tmp_path: Path) -> None:
+    """The tiny model reads 512 tokens; every prompt has several."""
+    with pytest.raises(ValueError, match="reads 512 tokens at most"):
+        make_trainer(tmp_path, 1).fit(make(PPO, sampling=Sampling(max_new_tokens=510)), prompts)

@@ -247,13 +247,12 @@ def test_an_error_while_decoding_leaves_no_cache_behind() -> None:
 
 def test_padding_is_the_tokenizers_also_where_batches_of_other_widths_are_joined() -> None:
     torch.manual_seed(1)
-    model = load_language_model(TINY)
-    model.get_output_embeddings().weight.data[2] = 0  # make EOS likely
-    tokens, attention = prompt_batch()
-    arguments = (model, tokens.repeat(4, 1), attention.repeat(4, 1), Sampling(max_new_tokens=20), 7, EOS)
-    out = generate(*arguments, batch_size=4)
+    ends = list(range(100, 1024, 8))  # one token in nine ends a response
+    settings = Sampling(max_new_tokens=20, min_new_tokens=0)
+    out = generate(load_language_model(TINY), *prompt_batch(), settings, 7, ends, samples=4, batch_size=4)
     responses = out.tokens[:, 4:]
-    assert len(set(out.mask.sum(dim=1).tolist())) > 2
+    longest = [int(part.sum(dim=1).max()) for part in out.mask.split(4)]
+    assert len(set(longest)) > 1  # a batch of its own for each prompt
     assert (responses[~out.mask] == 7).all()
 
 

@@ -1,5 +1,7 @@
 """The token loop against a plain one: rows that end leave it, and no token changes by that."""
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import TINY
@@ -130,3 +132,25 @@ def test_models_with_other_states_than_keys_and_values_are_decoded_by_transforme
             whole = model(ids[None]).logits[0].log_softmax(-1)[:-1].gather(1, ids[1:, None])[-length:, 0]
         torch.testing.assert_close(out.log_probs[row, :length], whole, atol=1e-4, rtol=0)
     assert len({tuple(row) for row in out.tokens.tolist()}) == 6
+
+
+def test_transformers_ends_and_pads_responses_as_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("mamba", **RECURRENT["mamba"], pad_token_id=0, eos_token_id=2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    whole, in_step = model.generate, []
+
+    def watched(*arguments: Any, synced_gpus: bool, **options: Any) -> Any:
+        in_step.append(synced_gpus)
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(model, "generate", watched)
+    tokens = torch.randint(3, 128, (6, 5))
+    eos, pad = [2, *range(60, 70)], 1
+    out = generate(model, tokens, torch.ones_like(tokens).bool(), Sampling(max_new_tokens=40), pad, eos, in_step=True)
+    assert in_step == [True]
+    ends = out.tokens[:, 5:][out.mask & torch.isin(out.tokens[:, 5:], torch.tensor(eos))]
+    assert len(ends) == int((~out.truncated).sum()) > 2
+    assert set(ends.tolist()) - {2}
+    assert (~out.mask).any()
+    assert (out.tokens[:, 5:][~out.mask] == pad).all()

@@ -1,11 +1,13 @@
 """Sampling: masks, padding, leaks of other people's settings, and the KV-cache trap."""
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import TINY
 
 from lit_rlhf.backbone import load_language_model
-from lit_rlhf.rollout import Experience, Sampling, generate
+from lit_rlhf.rollout import Experience, Sampling, decoding, generate
 
 PAD, EOS = 0, [2, 9]
 
@@ -201,3 +203,75 @@ def test_no_eos_before_the_shortest_length() -> None:
     held = generate(*arguments, Sampling(max_new_tokens=20, min_new_tokens=9), PAD, EOS)
     assert free.mask.sum(dim=1).min() < 9
     assert held.mask.sum(dim=1).min() >= 9
+
+
+def rows_read(model: Any) -> list[int]:
+    """Return a list that takes in the rows of each forward pass."""
+    rows: list[int] = []
+    model.register_forward_pre_hook(lambda _, __, inputs: rows.append(len(inputs["input_ids"])), with_kwargs=True)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "samples", "greedy", "prompts", "most"),
+    [
+        (None, 2, False, [3], 6),
+        (1, 1, False, [1, 1, 1], 1),
+        (5, 2, False, [2, 1], 4),
+        (6, 2, True, [2, 1], 6),
+        (2, 3, False, [1, 1, 1], 3),  # the responses to one prompt are never parted
+    ],
+)
+def test_no_more_sequences_than_the_batch_size_are_decoded_at_once(
+    batch_size: int | None, samples: int, greedy: bool, prompts: list[int], most: int
+) -> None:
+    model = load_language_model(TINY)
+    rows = rows_read(model)
+    settings = Sampling(max_new_tokens=4, min_new_tokens=4)
+    generate(model, *prompt_batch(), settings, PAD, EOS, samples=samples, greedy=greedy, batch_size=batch_size)
+    assert rows[::4] == prompts  # each prompt is read once, whatever the number of its responses
+    assert rows[1] == most == max(rows)
+
+
+def test_an_error_while_decoding_leaves_no_cache_behind() -> None:
+    class Breaks(decoding.DynamicDecoder):
+        def step(self, tokens: torch.Tensor) -> torch.Tensor:
+            assert self._cache is not None
+            raise RuntimeError("out of memory")
+
+    decoder = Breaks()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        generate(load_language_model(TINY), *prompt_batch(), Sampling(max_new_tokens=4), PAD, EOS, decoder=decoder)
+    assert decoder._cache is None
+
+
+def test_padding_is_the_tokenizers_also_where_batches_of_other_widths_are_joined() -> None:
+    torch.manual_seed(1)
+    ends = list(range(100, 1024, 8))  # one token in nine ends a response
+    settings = Sampling(max_new_tokens=20, min_new_tokens=0)
+    out = generate(load_language_model(TINY), *prompt_batch(), settings, 7, ends, samples=4, batch_size=4)
+    responses = out.tokens[:, 4:]
+    longest = [int(part.sum(dim=1).max()) for part in out.mask.split(4)]
+    assert len(set(longest)) > 1  # a batch of its own for each prompt
+    assert (responses[~out.mask] == 7).all()
+
+
+def test_ranks_in_step_decode_until_the_last_of_them_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here another rank needs seven tokens, where this one's responses end at once."""
+    asked: list[int] = []
+
+    def all_reduce(flag: torch.Tensor, op: Any) -> None:
+        asked.append(int(flag))
+        flag.fill_(max(int(flag), int(len(asked) < 7)))
+
+    monkeypatch.setattr(decoding.dist, "all_reduce", all_reduce)
+    model = load_language_model(TINY)
+    rows = rows_read(model)
+    every = list(range(1024))  # whatever is sampled ends the response
+    out = generate(model, *prompt_batch(), Sampling(max_new_tokens=20, min_new_tokens=0), PAD, every, in_step=True)
+    assert asked == [0] * 7
+    assert len(rows) == 7
+    assert out.mask.sum(dim=1).tolist() == [1, 1, 1]
+    assert out.tokens.shape[1] == 5
+    generate(model, *prompt_batch(), Sampling(max_new_tokens=20, min_new_tokens=0), PAD, every)
+    assert len(rows) == 8

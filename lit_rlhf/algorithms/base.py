@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import lightning as L
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -109,7 +110,8 @@ class BackboneModule(L.LightningModule):
             found.append("compile_layers and gradient_checkpointing cannot be combined; remove one of them")
         trainer = trainer_of(self)
         found += precision_problems(None if trainer is None else trainer.precision)
-        found += optimizer_problems(self.optimizer, self.lr_scheduler)
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:  # some optimizers need the process group
+            found += optimizer_problems(self.optimizer, self.lr_scheduler)
         return found + layout_problems(self.make_layout, self.spec.lora)
 
     def check_settings(self) -> None:

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lit_rlhf.backbone.adapter_tensors import Adapter, adapter_of, attach_adapters
 from lit_rlhf.backbone.adapters import AdapterSwitch, LoraArgs
 from lit_rlhf.backbone.language_head import LogitTransform, masked_log_probs, read_logit_transform
-from lit_rlhf.backbone.reuse import PassOptions, RecordedPass
+from lit_rlhf.backbone.reuse import PassKey, PassOptions, RecordedPass
 from lit_rlhf.backbone.roles import START_ADAPTER, HeadName, Layout, Role
 from lit_rlhf.errors import ConfigError
 from lit_rlhf.functional import gather_last, position_ids, scale_gradient
@@ -209,7 +209,8 @@ class Backbone(nn.Module):
         """
         if self._recorded and torch.is_grad_enabled() and lm_mask is None:
             options: PassOptions = {"entropy": entropy, "value_gradient": value_gradient}
-            if (recorded := self._recorded.take(roles, tokens, options)) is not None:
+            key = self._pass_key(roles, (tokens, attention_mask, mask), options)
+            if (recorded := self._recorded.take(key)) is not None:
                 return recorded
         results: dict[str, Tensor] = {}
         lm_mask = mask if lm_mask is None else lm_mask
@@ -228,7 +229,7 @@ class Backbone(nn.Module):
         entropy: bool = False,
         value_gradient: float = 1.0,
     ) -> dict[str, Tensor]:
-        """Run roles and keep their graph: :meth:`forward` returns it once, for this very tensor of tokens.
+        """Run roles and keep their graph: :meth:`forward` returns it once, for these very tensors and weights.
 
         So a batch that is scored and then trained on, with no update in between, costs one pass instead of two. A
         sharded backbone records nothing: its graph must begin in the training step.
@@ -246,8 +247,13 @@ class Backbone(nn.Module):
         with torch.enable_grad():
             outputs = self(roles, tokens, attention_mask, mask, entropy=entropy, value_gradient=value_gradient)
         options: PassOptions = {"entropy": entropy, "value_gradient": value_gradient}
-        self._recorded.keep(roles, tokens, options, outputs)
+        self._recorded.keep(self._pass_key(roles, (tokens, attention_mask, mask), options), outputs)
         return {name: output.detach() for name, output in outputs.items()}
+
+    def _pass_key(self, roles: Sequence[str], inputs: tuple[Tensor, ...], options: PassOptions) -> PassKey:
+        trained = set(self.trainable_names)
+        versions = tuple(p._version for name, p in self.named_parameters() if name in trained)
+        return PassKey(tuple(roles), inputs, options, versions)
 
     def forget(self) -> None:
         """Free what :meth:`record` kept, if nothing used it."""

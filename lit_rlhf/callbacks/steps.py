@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_rlhf.errors import ConfigError
 from lit_rlhf.strategies.ranks import mean_over_ranks
 
 
@@ -57,9 +58,15 @@ class KLTarget(Callback):
     ) -> None:
         """Compare the minibatch's KL with the target; all ranks reach the same decision."""
         policy = _policy(pl_module)
-        if not policy.skip_minibatches:
-            (mean,) = mean_over_ranks(pl_module, {"approx_kl": policy.minibatch_stats["approx_kl"]}).values()
-            policy.skip_minibatches = bool(mean > self.target)
+        if policy.skip_minibatches:
+            return
+        if "approx_kl" not in policy.minibatch_stats:
+            raise ConfigError(
+                f"target_kl needs the statistic approx_kl of every minibatch, and {type(pl_module).__name__} gives "
+                f"{', '.join(policy.minibatch_stats) or 'none'}. Return it from policy_loss, or leave target_kl out"
+            )
+        (mean,) = mean_over_ranks(pl_module, {"approx_kl": policy.minibatch_stats["approx_kl"]}).values()
+        policy.skip_minibatches = bool(mean > self.target)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Leave the parameters as they are after skipped minibatches."""

@@ -149,7 +149,7 @@ class Collector:
         policy.backbone.forget()
         roles = policy.loss_passes()[0]
         fields = {"actor": "log_probs", "critic": "values"}
-        wanted = any(not hasattr(experience, fields[role]) for role in roles)
+        wanted = any(role in fields and not hasattr(experience, fields[role]) for role in roles)
         at_once = self.trained_as_one and self.batch_size >= len(experience)
         if not (wanted and at_once) or trainer_of(policy) is None:
             return

@@ -39,7 +39,8 @@ class Experience:
     This padding is fixed once per rollout: scoring and training see the same layout, which ratio 1 needs in bf16.
 
     The fields from ``log_probs`` to ``greedy`` are filled by later steps. Until then reading one raises; ``hasattr``
-    and ``getattr(experience, name, None)`` ask without raising, and setting one to None empties it.
+    and ``getattr(experience, name, None)`` ask without raising, and setting one to None empties it. Further tensors
+    that a module sets (``experience.weights = ...``, first axis the sample) travel with their rows into minibatches.
 
     Args:
         tokens: ``[N, P+T]`` long.
@@ -79,9 +80,6 @@ class Experience:
 
     # Not a dataclass: code that walks dataclass fields (FSDP, Lightning) would access unset ones.
     def __init__(self, tokens: Tensor, attention_mask: Tensor, mask: Tensor, truncated: Tensor, **filled: Any) -> None:
-        known = type(self).__annotations__
-        if unknown := sorted(filled.keys() - known.keys()):
-            raise TypeError(f"an Experience has no field {unknown[0]!r}; its fields are {', '.join(known)}")
         given = {"tokens": tokens, "attention_mask": attention_mask, "mask": mask, "truncated": truncated, **filled}
         for name, value in given.items():
             setattr(self, name, value)
@@ -94,7 +92,7 @@ class Experience:
 
     def __getattr__(self, name: str) -> Any:
         # Called for unset attributes only.
-        if name in type(self).__annotations__:
+        if any(name in vars(kind).get("__annotations__", {}) for kind in type(self).__mro__):
             raise UnsetFieldError(f"experience has no {name} yet: the step that fills it has not run")
         raise AttributeError(f"an Experience has no field {name!r}")
 

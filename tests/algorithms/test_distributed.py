@@ -163,7 +163,7 @@ class Ends(L.Callback):
     # To the first rank a third of all tokens ends a response, to the second none does.
     def on_fit_start(self, trainer, module):
         self.lengths = []
-        module._eos_ids = [-1] if trainer.global_rank else list(range(3, 1000, 3))
+        type(module).eos_ids = [-1] if trainer.global_rank else list(range(3, 1000, 3))
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.lengths += batch.mask.sum(dim=1).tolist()
 for name in ("PPO", "ReMax", "RLOO"):

@@ -27,7 +27,6 @@ from lit_rlhf import (
     ReMax,
     Sampling,
 )
-from lit_rlhf.backbone.reuse import RecordedPass
 from lit_rlhf.evaluation import mean_ci95
 from lit_rlhf.functional import clipped_policy_loss, policy_gradient_loss
 
@@ -559,20 +558,43 @@ def test_a_rollout_of_one_minibatch_is_not_read_twice_for_the_loss(
         torch.testing.assert_close(ends[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_a_recorded_pass_goes_to_its_own_batch_once() -> None:
-    tokens, options = torch.zeros(4, 3, dtype=torch.long), {"entropy": False}
-    outputs, recorded = {"actor": torch.zeros(4, 2)}, RecordedPass()
-    others = (
-        (("critic",), tokens, options), (("actor",), tokens[:2], options), (("actor",), tokens.clone(), options),
-        (("actor",), tokens, {"entropy": True}),
-    )  # fmt: skip
-    for other in others:
-        recorded.keep(("actor",), tokens, options, outputs)
-        assert recorded.take(*other) is None
-        assert recorded.take(("actor",), tokens, options) is None  # one question ends it
-    recorded.keep(("actor",), tokens, options, outputs)
-    assert recorded.take(("actor",), tokens, options) is outputs
-    assert recorded.take(("actor",), tokens, options) is None
+def test_a_recorded_pass_goes_to_its_own_batch_once(hydra_checkpoint: Path) -> None:
+    """Other roles, tensors (equal ones included), options or weights get a pass of their own."""
+    module = make(PPO, policy_checkpoint=str(hydra_checkpoint))
+    module.configure_model()
+    backbone = module.backbone
+    tokens = torch.randint(3, 900, (4, 6), generator=torch.Generator().manual_seed(0))
+    attention, mask = torch.ones_like(tokens).bool(), torch.ones(4, 3, dtype=torch.bool)
+    batch, narrow = (tokens, attention, mask), torch.tensor([[True, False, False]]).repeat(4, 1)
+
+    def update() -> None:
+        with torch.no_grad():
+            next(iter(backbone.role_parameters("actor").values())).add_(0.0)
+
+    others: list[tuple[tuple[str, ...], tuple[Tensor, ...], dict[str, Any], Any]] = [
+        (("critic",), batch, {}, None), (("actor",), (tokens[:], attention, mask), {}, None),
+        (("actor",), (tokens, attention.clone(), mask), {}, None), (("actor",), (tokens, attention, narrow), {}, None),
+        (("actor",), batch, {"entropy": True}, None), (("actor",), batch, {}, update),
+    ]  # fmt: skip
+    for roles, inputs, options, change in others:
+        recorded = backbone.record(("actor",), *batch)
+        if change is not None:
+            change()
+        fresh = backbone(roles, *inputs, **options)
+        assert fresh[roles[0]].requires_grad
+        if roles == ("actor",):
+            torch.testing.assert_close(fresh["actor"], recorded["actor"].masked_fill(~inputs[2], 0.0))
+        assert not backbone._recorded  # one question ends it
+    recorded = backbone.record(("actor",), *batch)
+    kept = backbone._recorded._kept[1]
+    assert backbone(("actor",), *batch) is kept
+    assert backbone(("actor",), *batch) is not kept
+    backbone.record(("actor",), *batch)
+    with torch.no_grad():
+        backbone(("actor",), *batch)
+    assert backbone._recorded  # passes without gradients neither take nor end it
+    backbone.forget()
+    assert not backbone._recorded
 
 
 def test_a_loss_that_does_not_ask_for_it_leaves_no_graph(
@@ -583,7 +605,8 @@ def test_a_loss_that_does_not_ask_for_it_leaves_no_graph(
     class Own(RLOO):
         def loss(self, b: Experience) -> Tensor:
             held.append(bool(self.backbone._recorded))
-            fresh = self.backbone(("actor",), b.tokens, b.attention_mask, b.mask)["actor"]
+            self.backbone.forget() if len(held) % 2 else None  # or it stays until backward begins
+            fresh = self.backbone(("actor",), b.tokens.clone(), b.attention_mask, b.mask, lm_mask=b.mask)["actor"]
             torch.testing.assert_close(fresh.detach(), b.require("log_probs"), rtol=1e-4, atol=1e-5)
             return fresh.mean()
 

@@ -183,6 +183,17 @@ def test_a_kl_target_ends_the_iterations_updates_but_not_its_validation(prompts:
         assert torch.equal(value, once.state_dict()[name])
 
 
+def test_a_kl_target_without_its_statistic_is_refused(prompts: PromptData, tmp_path: Path) -> None:
+    class Silent(PPO):
+        def policy_loss(self, log_probs: Tensor, minibatch: Experience) -> tuple[Tensor, dict[str, Tensor]]:
+            return super().policy_loss(log_probs, minibatch)[0], {}
+
+    with pytest.raises(
+        ValueError, match="target_kl needs the statistic approx_kl of every minibatch, and Silent gives"
+    ):
+        fit(make_ppo(Silent, target_kl=1.0), prompts, tmp_path)
+
+
 def test_the_ratio_is_one_under_autocast_too(hydra_checkpoint: Path, prompts: PromptData, tmp_path: Path) -> None:
     spy = Spy()
     trainer = make_trainer(tmp_path, 2, precision="bf16-mixed", accumulate_grad_batches=2)

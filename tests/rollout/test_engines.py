@@ -190,7 +190,7 @@ def test_vllm_refuses_what_it_does_not_do(fake_vllm: type[LLM]) -> None:
             engine.generate(*arguments, in_step=True)
         with pytest.raises(ValueError, match="keep_log_probs to false"):
             engine.generate(*arguments, keep_log_probs=True)
-    with pytest.raises(ValueError, match="keep_log_probs: VLLMEngine gives no log-probs"):
+    with pytest.raises(ValueError, match="keep_log_probs: VLLMEngine returns no log-probs"):
         make_ppo(engine=engine, keep_log_probs=True).check_settings()
 
 

@@ -22,7 +22,8 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers import make_ppo
 
-from lit_rlhf.strategies import FSDP2Strategy, _gathered, _like, shard
+from lit_rlhf.strategies import FSDP2Strategy, shard
+from lit_rlhf.strategies.fsdp2 import _gathered, _like
 
 
 class Event:

@@ -107,7 +107,7 @@ def ready(**kwargs: Any) -> Any:
     return module
 
 
-def test_vllm_reads_the_trunk_once_and_the_actors_lora_set_anew(fake_vllm: type[LLM]) -> None:
+def test_vllm_reads_the_trunk_once_and_the_actors_adapter_every_time(fake_vllm: type[LLM]) -> None:
     module, engine = ready(layout="j_hydra"), VLLMEngine(options={"enforce_eager": True})
     settings = Sampling(max_new_tokens=9, min_new_tokens=2)
     for round_ in (1, 2):
@@ -190,7 +190,7 @@ def test_vllm_refuses_what_it_does_not_do(fake_vllm: type[LLM]) -> None:
             engine.generate(*arguments, in_step=True)
         with pytest.raises(ValueError, match="keep_log_probs to false"):
             engine.generate(*arguments, keep_log_probs=True)
-    with pytest.raises(ValueError, match="keep_log_probs: VLLMEngine gives no log-probs"):
+    with pytest.raises(ValueError, match="keep_log_probs: VLLMEngine returns no log-probs"):
         make_ppo(engine=engine, keep_log_probs=True).check_settings()
 
 

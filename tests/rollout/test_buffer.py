@@ -300,7 +300,7 @@ def test_ranks_and_accumulation_count_in_the_size_of_a_step() -> None:
     fits, _ = saved(RolloutBuffer(4, 1, 1, seed=3), world_size=2, accumulate_grad_batches=4)
     fits.load_state_dict(first.state_dict())
     other, _ = saved(RolloutBuffer(4, 1, 1, seed=3), world_size=2, accumulate_grad_batches=2)
-    with pytest.warns(UserWarning, match="with 4 responses an optimizer step, where the checkpoint's run took 8"):
+    with pytest.warns(UserWarning, match="with 4 responses per optimizer step, where the checkpoint's run took 8"):
         other.load_state_dict(first.state_dict())
     assert other.seed == 3
 

@@ -118,7 +118,7 @@ def test_a_rollout_that_is_not_finite(mode: str, message: str | None) -> None:
         with pytest.raises(NonFiniteError, match=message):
             module.rollout(PROMPTS)
         return
-    with pytest.warns(UserWarning, match="optimizer steps are left out"):
+    with pytest.warns(UserWarning, match="optimizer steps are skipped"):
         e, _ = module.rollout(PROMPTS)
     assert e.left_out
     assert (module.kl.value, module.reward_scaler.state_dict()["total"]) == (0.1, [0.0, 0.0, 0.0])

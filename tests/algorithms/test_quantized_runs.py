@@ -160,7 +160,7 @@ def metrics(folder: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("layout", ["hydra", pytest.param("lora", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_ppo_trains_lora_sets_and_leaves_the_quantized_trunks_alone(
+def test_ppo_trains_adapters_and_leaves_the_quantized_trunks_alone(
     kind: str, layout: str, hydra_sft: Stage, start: Any, fit: Fit, prompts: PromptData, tmp_path: Path
 ) -> None:
     trainer = fit(make_ppo(layout=layout, **start(kind)), prompts, tmp_path, 3)

@@ -194,7 +194,7 @@ class Shifted(LlamaForCausalLM):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unexplained_logits_are_refused(kind, dtype, make_model, make_backbone):
     model = kind(make_model().config).to(dtype)
-    with pytest.raises(ValueError, match=f"{kind.__name__} does something to its logits"):
+    with pytest.raises(ValueError, match=f"{kind.__name__} changes its logits"):
         make_backbone("hydra", model=model)
 
 

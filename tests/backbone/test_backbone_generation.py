@@ -88,7 +88,7 @@ def test_a_static_cache_changes_no_token(family, make_model, make_backbone, batc
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-def test_a_compiled_step_changes_no_token_and_is_compiled_once_a_lora_set(make_model, make_backbone, batch):
+def test_a_compiled_step_changes_no_token_and_is_compiled_once_per_adapter(make_model, make_backbone, batch):
     backbone = make_backbone("j_hydra", model=make_model(num_hidden_layers=1))
     prompts, attention = batch.tokens[:, :6], batch.attention_mask[:, :6]
     compiled = StaticDecoder(compile=True)

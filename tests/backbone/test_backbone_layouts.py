@@ -52,7 +52,7 @@ def test_the_table_is_complete():
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_trunks_and_lora_sets_are_those_of_the_table(name):
+def test_trunks_and_adapters_are_those_of_the_table(name):
     layout, bare = LAYOUTS[name], LAYOUTS[name].restricted_to(NO_CRITIC)
     assert (len(layout.trunks), len(sets_of(layout)), len(bare.trunks), len(sets_of(bare))) == TABLE[name]
     assert {role: where.head for role, where in layout.roles.items()} == {

@@ -136,7 +136,7 @@ def test_weights_that_do_not_fit_the_base_model(make_model, hydra_sft, base_mode
         StageCheckpoint.read(full).role_model("actor")
 
 
-def test_lora_set_with_missing_tensors_is_refused(sft):
+def test_adapter_with_missing_tensors_is_refused(sft):
     content = torch.load(sft[0])
     content["state_dict"].pop(next(key for key in content["state_dict"] if "lora_B" in key))
     torch.save(content, sft[0])

@@ -56,10 +56,10 @@ def test_compiled_layers_compute_the_same():
 
 
 def test_it_refuses_recomputation_before_anything_is_loaded():
-    with pytest.raises(ValueError, match="compile_layers and gradient_checkpointing exclude each other"):
+    with pytest.raises(ValueError, match="compile_layers and gradient_checkpointing cannot be combined"):
         make_ppo(compile_layers=True, gradient_checkpointing=True).check_settings()
 
 
 def test_it_refuses_a_compiled_engine_too():
-    with pytest.raises(ValueError, match=r"compile_layers and engine\.compile exclude each other"):
+    with pytest.raises(ValueError, match=r"compile_layers and engine\.compile cannot be combined"):
         make_ppo(compile_layers=True, engine=TransformersEngine(cache="static", compile=True)).check_settings()

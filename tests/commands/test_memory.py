@@ -26,7 +26,7 @@ def run_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
 def test_the_table_puts_every_layout_beside_sft(capsys: pytest.CaptureFixture[str]) -> None:
     main(["memory", "--model", "random:tiny", *SHORT])
     shown = capsys.readouterr().out
-    for word in ("SFT, full", "SFT, LoRA", "dynamic_lora", "j_hydra", "KV cache", "x SFT", "MiB a device"):
+    for word in ("SFT, full", "SFT, LoRA", "dynamic_lora", "j_hydra", "KV cache", "x SFT", "MiB per device"):
         assert word in shown
     assert "fragmentation" in shown
 
@@ -62,7 +62,7 @@ def test_layouts_can_be_chosen_and_the_critic_left_out(capsys: pytest.CaptureFix
         (["--model", "random:nowhere"], "is not a folder"),
         (["--model", "gpt2", "--layout", "hydraa"], "layout must be one of"),
         (["--model", "gpt2", "--prompt_length", "1024"], "the model's context is 1024 tokens"),
-        (["--model", "gpt2", "--fit", "many"], "size 'many' is not understood"),
+        (["--model", "gpt2", "--fit", "many"], "size 'many' cannot be parsed"),
         (["--model", "gpt2", "--batch_size", "0"], "batch_size must be at least 1"),
         (["--model", "gpt2", "--lora_rank", "0"], "lora.r must be at least 1"),
         (["--model", "nobody/no-such-model"], "config of 'nobody/no-such-model' could not be read"),
@@ -87,7 +87,7 @@ def test_sizes_are_read_with_either_unit(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GiB", "-3GiB", "0", "3PiB"])
 def test_a_size_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="not understood"):
+    with pytest.raises(ValueError, match="cannot be parsed"):
         parse_bytes(text)
 
 

@@ -107,7 +107,7 @@ def ready(**kwargs: Any) -> Any:
     return module
 
 
-def test_vllm_reads_the_trunk_once_and_the_actors_lora_set_anew(fake_vllm: type[LLM]) -> None:
+def test_vllm_reads_the_trunk_once_and_the_actors_adapter_every_time(fake_vllm: type[LLM]) -> None:
     module, engine = ready(layout="j_hydra"), VLLMEngine(options={"enforce_eager": True})
     settings = Sampling(max_new_tokens=9, min_new_tokens=2)
     for round_ in (1, 2):

@@ -97,7 +97,7 @@ def test_what_cannot_be_offloaded_is_refused_in_one_line() -> None:
     strategy._device_mesh = plain._device_mesh = SimpleNamespace(mesh_dim_names=())  # type: ignore[assignment]
     check_strategy(strategy)
     check_strategy(plain, quantized=True)
-    with pytest.raises(StrategyError, match=r"bitsandbytes' weights work on the GPU only\. Leave cpu_offload out"):
+    with pytest.raises(StrategyError, match=r"bitsandbytes' weights only work on the GPU\. Remove cpu_offload"):
         check_strategy(strategy, quantized=True)
     strategy.precision_plugin = MixedPrecision("16-mixed", "cuda", scaler=torch.amp.GradScaler("cpu"))
     with pytest.raises(StrategyError, match="cpu_offload and precision 16-mixed cannot be combined"):

@@ -149,7 +149,7 @@ def test_rloos_estimate(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("by_std", [True, False])
 @pytest.mark.parametrize("settings", [DEFAULTS, {**SHAPING, "kl_estimator": "k3"}])
 def test_grpos_estimate(settings: dict[str, Any], by_std: bool) -> None:
-    module, e = make(GRPO, samples_per_prompt=2, normalise_by_std=by_std, **settings), a_rollout()
+    module, e = make(GRPO, samples_per_prompt=2, normalize_by_std=by_std, **settings), a_rollout()
     module.estimate(e)
     scores = shaped(settings, SCORES, TRUNCATED)
     gains = []

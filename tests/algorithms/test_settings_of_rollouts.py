@@ -119,7 +119,7 @@ def test_a_rollout_that_is_not_finite(mode: str, message: str | None) -> None:
         with pytest.raises(NonFiniteError, match=message):
             module.rollout(PROMPTS)
         return
-    with pytest.warns(UserWarning, match="optimizer steps are .*on_non_finite"):
+    with pytest.warns(UserWarning, match=r"optimizer steps are .*on_non_finite"):
         e, _ = module.rollout(PROMPTS)
     assert e.left_out
     assert (module.kl.value, module.reward_scaler.state_dict()["total"]) == (0.1, [0.0, 0.0, 0.0])
@@ -200,7 +200,7 @@ SHORT = AdaptiveKL(0.1, horizon=2.0)
         (PPO, {"rollout_batch_size": 0}, "rollout_batch_size must be positive"),
         (PPO, {"kl": SHORT, "rollout_size": 12}, "kl.horizon 2 must be above a fifth of an iteration's 12"),
         (PPO, {"sampling": Sampling(top_p=0.0)}, "sampling.top_p"),
-        (PPO, {"keep_log_probs": True, "engine": SimpleNamespace(gives_log_probs=False)}, "keep_log_probs: SimpleNamespace"),
+        (PPO, {"keep_log_probs": True, "engine": SimpleNamespace(gives_log_probs=False)}, "keep_log_probs: Simple"),
         (
             PPO,
             {"compile_layers": True, "engine": SimpleNamespace(gives_log_probs=True, compile=True)},
@@ -270,5 +270,5 @@ def test_a_schedule_moves_once_an_iteration_and_losses_are_logged_as_its_mean(
 
 def test_responses_that_the_model_has_no_positions_for_are_refused(prompts: PromptData, tmp_path: Path) -> None:
     """The tiny model reads 512 tokens; every prompt has several."""
-    with pytest.raises(ValueError, match="512 tokens.*max_new_tokens"):
+    with pytest.raises(ValueError, match=r"512 tokens.*max_new_tokens"):
         make_trainer(tmp_path, 1).fit(make(PPO, sampling=Sampling(max_new_tokens=510)), prompts)

@@ -213,7 +213,7 @@ def test_a_rollout_left_out_feeds_no_controller() -> None:
             return torch.tensor([1.0, float("nan"), 2.0, 3.0])
 
     policy = TypedPolicy(a_collector(reward=Broken(), skip_non_finite=True))
-    with pytest.warns(UserWarning, match="optimizer steps are .*on_non_finite"):
+    with pytest.warns(UserWarning, match=r"optimizer steps are .*on_non_finite"):
         experience, _ = policy.collector.collect(policy, PROMPTS)
     assert experience.left_out
     assert policy.kl.fed == []

@@ -33,27 +33,28 @@ class ChatTemplate:
         self.special = special_texts(tokenizer)
 
     @cached_property
-    def _around_answer(self) -> tuple[str, str]:
+    def _around_answer(self) -> tuple[str, str] | None:
         """What a template that ignores `add_generation_prompt` writes before an answer, and what any writes after it.
 
-        Space before the answer is no header: it belongs to the answer, whose first token may hold it.
+        Space before the answer is no header: it belongs to the answer, whose first token may hold it. None for a
+        template that refuses even a plain question and answer, or does not write the answer as it is.
         """
         try:
             text = self._apply([*QUESTION, {"role": "assistant", "content": MARK}])
             asked = self._apply(QUESTION, add_generation_prompt=True)
             ignores = asked == self._apply(QUESTION)
-        except Exception:  # refuses even this; what it says of a row will be that row's error
-            return "", ""
+        except Exception:  # what it says of a row will be that row's error
+            return None
         before, found, after = text.rpartition(MARK)
         if not found:
-            return "", ""
+            return None
         header = before.removeprefix(asked) if ignores and before.startswith(asked) else ""
         return (header.rstrip(" ") if header.strip() else ""), after
 
     @cached_property
     def end(self) -> str:
         """What ends an answer: up to the first control token behind it; empty if there is none."""
-        after = self._around_answer[1]
+        after = self._around_answer[1] if self._around_answer is not None else ""
         found = self.special.search(after) if self.special is not None else None
         return after[: found.end()] if found else ""
 
@@ -69,7 +70,8 @@ class ChatTemplate:
         Raises:
             DataError: There is no chat template, or it fails on the messages, whatever it raises.
         """
-        return self._render(messages, where, tools, add_generation_prompt=True) + self._around_answer[0]
+        header = self._around_answer[0] if self._around_answer is not None else ""
+        return self._render(messages, where, tools, add_generation_prompt=True) + header
 
     def answer(
         self, messages: Messages, answer: Messages, prompt: str, where: str, tools: Tools | None = None
@@ -90,9 +92,10 @@ class ChatTemplate:
             DataError: The template fails on the messages, whatever it raises.
         """
         whole = self._render([*messages, *answer], where, tools, add_generation_prompt=False)
-        after = self._around_answer[1]
-        if whole.startswith(prompt) and whole.endswith(after) and len(whole) > len(prompt) + len(after):
-            return whole[len(prompt) : len(whole) - len(after)], self.end
+        if self._around_answer is not None:
+            after = self._around_answer[1]
+            if whole.startswith(prompt) and whole.endswith(after) and len(whole) > len(prompt) + len(after):
+                return whole[len(prompt) : len(whole) - len(after)], self.end
         return answer[-1]["content"], self.end
 
     def _render(self, messages: Messages, where: str, tools: Tools | None, *, add_generation_prompt: bool) -> str:

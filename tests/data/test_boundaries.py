@@ -145,6 +145,35 @@ def test_answers_begin_and_end_as_the_template_writes_them(template, eos, prompt
     assert cut == [*response[:-2], response[-1]]
 
 
+@pytest.mark.parametrize("template", [GEMMA, PHI, QWEN3, HEADER_ALWAYS_WRITTEN, LLAMA_2])
+def test_chats_on_sentencepiece_have_the_tokens_of_the_whole_conversation(template):
+    tokenizer = sentencepiece()
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in ENDS], special_tokens=True)
+    tokenizer.chat_template = template
+    question, reply = [{"role": "user", "content": "The dogs"}], [{"role": "assistant", "content": "and dogs"}]
+    prompt, response = split(tokenizer, question, reply, append_eos=False)
+    whole = tokenizer.apply_chat_template(question + reply, tokenize=False)
+    assert [*prompt, *response] == tokenizer(whole, add_special_tokens=False)["input_ids"][: len(prompt + response)]
+
+
+REFUSES_PLAIN = (
+    "{% if messages[0].role != 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+)
+DROPS_REASONING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [REFUSES_PLAIN, DROPS_REASONING])
+def test_an_answer_that_cannot_be_cut_out_is_its_content(template):
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
+    tokenizer = chat_tokenizer(template)
+    _, response = split(tokenizer, messages, [{"role": "assistant", "content": "A"}])
+    assert tokenizer.decode(response) == "A<|im_end|>"
+
+
 def test_an_end_written_in_the_answer_is_not_doubled():
     tokenizer = chat_tokenizer(GEMMA, *ENDS, eos="<eos>")
     for end in ("<eos>", "<end_of_turn>"):

@@ -35,6 +35,7 @@ from lit_rlhf.backbone import (
 from lit_rlhf.callbacks import NumericalGuard, OnNonFinite, SafeCheckpoints, StopAfterStep, StopOnSigterm
 from lit_rlhf.checkpoints.records import refuse_foreign
 from lit_rlhf.checkpoints.resume import check_resume
+from lit_rlhf.data import answer_end_ids
 from lit_rlhf.errors import ConfigError
 from lit_rlhf.strategies import check_strategy, class_path, data_parallel_mesh, shard_module
 from lit_rlhf.strategies.ranks import sum_over_ranks, trainer_of
@@ -157,8 +158,8 @@ class BackboneModule(L.LightningModule):
 
     @property
     def eos_ids(self) -> list[int]:
-        """Every token id that ends a response."""
-        return sorted({int(self.tokenizer.eos_token_id), *self.backbone.eos_token_ids})
+        """Every token id that ends a response: by the tokenizer, its chat template or the model's configuration."""
+        return sorted({*answer_end_ids(self.tokenizer), *self.backbone.eos_token_ids})
 
     def configure_model(self) -> None:
         """Build the backbone, once, and shard it under FSDP2.

@@ -8,7 +8,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.backbone import StageCheckpoint, check_length, context_length, load_language_model, load_tokenizer
-from lit_rlhf.data import Prompt, TokenizeOptions, collate_prompts, tokenize_prompts
+from lit_rlhf.data import Prompt, TokenizeOptions, answer_end_ids, collate_prompts, tokenize_prompts
 from lit_rlhf.errors import ConfigError, model_errors
 from lit_rlhf.rollout import Sampling, generate
 
@@ -79,7 +79,7 @@ def complete(
     batch = collate_prompts(examples, int(tokenizer.pad_token_id))
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     listed = configured if isinstance(configured, list) else [configured]
-    eos_ids = sorted({int(i) for i in [tokenizer.eos_token_id, *listed] if i is not None})
+    eos_ids = sorted({int(i) for i in [*answer_end_ids(tokenizer), *listed] if i is not None})
     pad_id = int(tokenizer.pad_token_id)
     done = generate(
         model,

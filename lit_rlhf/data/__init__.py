@@ -3,7 +3,8 @@
 1. `sources`  reads a row, with the place it came from (file and line).
 2. `formats`  turns rows of published data sets, through rankings, into rows with the columns the next stage reads.
 3. `parsing`  turns a row into a record (`records`): a `Pair`, an `Instruction` or a `Prompt`.
-4. `tokens`   turns records into token ids within the length limits.
+4. `texts`    turns records into texts, chats by their template (`chat`), and `tokens` these into token ids within
+   the length limits.
 5. `batches`  pads examples into tensors, in the order of `order`.
 
 `TextData` (`base`) takes all rows through these stages; each public data module (`modules`) names its record.
@@ -11,6 +12,7 @@
 
 from lit_rlhf.data.base import TextData
 from lit_rlhf.data.batches import collate
+from lit_rlhf.data.chat import answer_end_ids
 from lit_rlhf.data.errors import BadRows, DataError, Notes
 from lit_rlhf.data.formats import converted_rows, instruction_rows, pair_rows, prompt_rows
 from lit_rlhf.data.modules import InstructionData, PreferenceData, PromptData, ResponseData
@@ -56,6 +58,7 @@ __all__ = [
     "TextData",
     "TokenizeOptions",
     "Tokens",
+    "answer_end_ids",
     "collate",
     "collate_instructions",
     "collate_pairs",

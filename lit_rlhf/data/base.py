@@ -23,6 +23,7 @@ from lit_rlhf.data.order import LengthGroupedSampler, ResumableLoader
 from lit_rlhf.data.parsing import Fields, Format, cut_transcripts, load_records
 from lit_rlhf.data.records import Ranking, Record, Tokens, TokensT
 from lit_rlhf.data.sources import HUB_PREFIX, Row, load_hub
+from lit_rlhf.data.texts import ControlTokens
 from lit_rlhf.data.tokens import TokenizeOptions, pad_token_id, tokenize
 from lit_rlhf.errors import ConfigError
 
@@ -53,8 +54,12 @@ class TextData(LightningDataModule, ABC, Generic[TokensT]):
         chosen_column: Field of the chosen response.
         rejected_column: Field of the rejected response.
         on_bad_row: Stop at the first row that cannot be used, or leave such rows out and report how many there were.
-        max_prompt_length: Longest prompt in tokens; of a longer one the last tokens are kept.
+        max_prompt_length: Longest prompt in tokens; of a longer one BOS and the last tokens are kept, of a chat the
+            system message and the last turns.
         drop_overlong_prompts: Leave out rows with a longer prompt instead.
+        control_tokens: What to do where the text of a control token stands in a chat message, or in a response
+            before its end: keep it as that token and count it in a warning, "escape" it in all texts by a
+            zero-width space behind its first character, or "refuse" the row.
         batch_size: Rows per batch and device.
         num_workers: Processes that build batches; 0 builds them in the training process.
 
@@ -75,6 +80,7 @@ class TextData(LightningDataModule, ABC, Generic[TokensT]):
         on_bad_row: OnBadRow = "error",
         max_prompt_length: int = 512,
         drop_overlong_prompts: bool = False,
+        control_tokens: ControlTokens = "keep",
         batch_size: int = 8,
         num_workers: int = 0,
     ) -> None:
@@ -91,6 +97,7 @@ class TextData(LightningDataModule, ABC, Generic[TokensT]):
         self.on_bad_row: OnBadRow = on_bad_row
         self.max_prompt_length = max_prompt_length
         self.drop_overlong_prompts = drop_overlong_prompts
+        self.control_tokens: ControlTokens = control_tokens
         self.batch_size = batch_size
         self.eval_batch_size: int | None = None
         self.num_workers = num_workers
@@ -110,7 +117,11 @@ class TextData(LightningDataModule, ABC, Generic[TokensT]):
     @property
     def options(self) -> TokenizeOptions:
         """Length limits and EOS policy."""
-        return TokenizeOptions(self.max_prompt_length, drop_overlong_prompts=self.drop_overlong_prompts)
+        return TokenizeOptions(
+            self.max_prompt_length,
+            drop_overlong_prompts=self.drop_overlong_prompts,
+            control_tokens=self.control_tokens,
+        )
 
     def problems(self) -> list[str]:
         """What is wrong with the settings; a subclass with more settings adds to it."""

@@ -40,7 +40,7 @@ class ResponseData(TextData[TokensT]):
         max_response_length: Longest response in tokens, EOS included; of a longer one the first are kept.
         truncated_response: How a response that is cut ends: with EOS in place of the last kept token, or without
             EOS; or leave the row out.
-        append_eos: End each response with the tokenizer's EOS.
+        append_eos: End each response with the tokenizer's EOS, or as the chat template ends an answer.
         group_by_length: Fill batches with examples of similar length, which saves padding.
         eval_batch_size: Rows per validation batch and device; None for `batch_size`.
         kwargs: Arguments of `TextData`.

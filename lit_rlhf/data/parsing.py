@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from lit_rlhf.data.errors import RAISE, BadRowHandler, DataError, Notes, parsed
 from lit_rlhf.data.fields import bad_field, check_unicode
-from lit_rlhf.data.records import Instruction, Messages, Pair, Prompt, Text
+from lit_rlhf.data.records import Instruction, Messages, Pair, Prompt, Text, Tools
 from lit_rlhf.data.sources import Row, read_rows
 
 Format = Literal["auto", "columns", "hh"]
+TOOLS = "tools"  # the column in which data sets of tool calls keep the tools
 HH_HUMAN = "\n\nHuman:"
 HH_ASSISTANT = "\n\nAssistant:"
 RecordT = TypeVar("RecordT")
@@ -68,7 +70,7 @@ def parse_pair(row: Row, fields: Fields = DEFAULT_FIELDS) -> Pair:
         pair = _pair_of_columns(row, fields)
     _check_not_empty(row, fields.chosen, pair.chosen)
     _check_not_empty(row, fields.rejected, pair.rejected)
-    if _last_text(pair.chosen) == _last_text(pair.rejected):
+    if _same_answer(pair.chosen, pair.rejected):
         raise DataError(
             f"is the same as {fields.chosen!r}",
             where=row.where,
@@ -93,7 +95,7 @@ def parse_instruction(row: Row, fields: Fields = DEFAULT_FIELDS) -> Instruction:
         field = _response_field(row, fields)
         prompt, response = _prompt_and_response(row, fields, field)
     _check_not_empty(row, field, response)
-    return Instruction(prompt, response, row.where)
+    return Instruction(prompt, response, row.where, tools=_tools(row, prompt))
 
 
 def parse_prompt(row: Row, fields: Fields = DEFAULT_FIELDS) -> Prompt:
@@ -109,7 +111,7 @@ def parse_prompt(row: Row, fields: Fields = DEFAULT_FIELDS) -> Prompt:
     else:
         prompt = _prompt_field(row, fields)
     columns = {name: value for name, value in row.data.items() if name != fields.prompt}
-    return Prompt(prompt, columns, row.where)
+    return Prompt(prompt, columns, row.where, _tools(row, prompt))
 
 
 def _format_of(row: Row, fields: Fields) -> Literal["columns", "hh"]:
@@ -206,7 +208,7 @@ def _pair_of_columns(row: Row, fields: Fields) -> Pair:
             fix="Both must answer the same prompt with one assistant turn.",
             reason="prompts of a pair differ",
         )
-    return Pair(prompt, chosen, rejected, row.where)
+    return Pair(prompt, chosen, rejected, row.where, tools=_tools(row, prompt))
 
 
 def _prompt_and_response(row: Row, fields: Fields, field: str) -> tuple[Text, Text]:
@@ -266,6 +268,29 @@ def _prompt_field(row: Row, fields: Fields) -> Text:
     return prompt
 
 
+def _tools(row: Row, prompt: Text) -> Tools | None:
+    """The row's tools for the chat template: a list of JSON schemas, or the JSON text of one or of each."""
+    value = row.data.get(TOOLS)
+    if isinstance(prompt, str) or value is None:
+        return None
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+        tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in value]
+    except (TypeError, ValueError, RecursionError):
+        tools = [None]
+    if not all(isinstance(tool, dict) for tool in tools):
+        fix = "Give a list of JSON schemas, or its JSON text."
+        raise bad_field(row, (TOOLS,), "must be a list of objects", "wrong type of field", fix)
+    return [_without_nulls(tool) for tool in tools] or None
+
+
+def _without_nulls(value: Any) -> Any:
+    """A JSON value without the nulls that tables store for absent keys."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def _check_prompt(row: Row, field: str, messages: Messages) -> None:
     if messages[-1]["role"] == "assistant":
         raise _wrong_type(row, field, "has a prompt ending with an assistant turn: nothing to answer")
@@ -313,8 +338,15 @@ def _message(row: Row, field: str, number: int, value: Any) -> dict[str, Any]:
 
 
 def _check_not_empty(row: Row, field: str, text: Text, part: str = "text") -> None:
-    if not _last_text(text).strip():
+    calls_tools = not isinstance(text, str) and text[-1].get("tool_calls")
+    if not _last_text(text).strip() and not calls_tools:
         raise _empty(row, field, f"has an empty {part}")
+
+
+def _same_answer(one: Text, other: Text) -> bool:
+    if isinstance(one, str) or isinstance(other, str):
+        return one == other
+    return all(one[-1].get(key) == other[-1].get(key) for key in ("content", "tool_calls"))
 
 
 def _last_text(text: Text) -> str:

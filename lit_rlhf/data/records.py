@@ -15,6 +15,7 @@ from lit_rlhf.errors import ConfigError
 
 Messages = list[dict[str, Any]]  # chat messages, each with "role" and "content"
 Text = str | Messages
+Tools = Sequence[Mapping[str, Any]]  # JSON schemas of what a conversation's tool calls may name
 Columns = Mapping[str, Any]
 Ids = Sequence[int]  # in practice array("i"): 4 bytes per token, where a list takes 36
 Decode = Callable[[Ids], str]
@@ -89,11 +90,13 @@ class Record(ABC, Generic[TokensT]):
         prompt: The prompt, as text or as chat messages.
         columns: The row's other fields.
         where: Place of the row, as in `Row`.
+        tools: Tools for the chat template; None for none.
     """
 
     prompt: Text
     columns: Columns
     where: str
+    tools: Tools | None = None
 
     @property
     def responses(self) -> tuple[Text, ...]:
@@ -120,6 +123,7 @@ class Pair(Record[PairTokens]):
     rejected: Text
     where: str
     columns: Columns = field(default_factory=dict)
+    tools: Tools | None = None
 
     @property
     def responses(self) -> tuple[Text, Text]:
@@ -140,6 +144,7 @@ class Instruction(Record[InstructionTokens]):
     response: Text
     where: str
     columns: Columns = field(default_factory=dict)
+    tools: Tools | None = None
 
     @property
     def responses(self) -> tuple[Text]:
@@ -159,6 +164,7 @@ class Prompt(Record[PromptTokens]):
     prompt: Text
     columns: Columns
     where: str
+    tools: Tools | None = None
 
     def with_ids(self, ids: Sequence[Ids], columns: Columns, decode: Decode) -> PromptTokens:
         """The tokenized prompt, with the text the model sees after the cut."""

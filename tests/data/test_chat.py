@@ -5,7 +5,8 @@ import json
 import pytest
 from data_helpers import make_tokenizer
 
-from lit_rlhf.data import BadRows, DataError, Fields, Prompt, Row, parse_prompt, tokenize_prompts
+from lit_rlhf.data import BadRows, DataError, Prompt, Row, parse_prompt, tokenize_prompts
+from lit_rlhf.data.chat import ChatTemplate
 
 ITEMS = "{% for key, value in c.function.arguments | items %}{{ key }} {{ value }}{% endfor %}"  # Llama 3.1
 JSON = "{{ c.function.arguments | tojson }}"  # Qwen 2.5, Hermes
@@ -25,15 +26,11 @@ def calls(arguments, **more):
 
 
 def rendered(template, message):
-    """The text the template makes of a conversation with the message in it."""
-    seen = []
-    tokenizer = tokenizer_with("{% for m in messages %}{% for c in m.tool_calls or [] %}" + template + "{% endfor %}"
-                               "{% endfor %} a")  # fmt: skip
-    real = tokenizer.apply_chat_template
-    tokenizer.apply_chat_template = lambda *a, **k: seen.append(real(*a, **k)) or seen[-1]
-    row = Row({"prompt": [{"role": "user", "content": "a"}, message, {"role": "tool", "content": "b"}]}, "f.jsonl:3")
-    tokenize_prompts([parse_prompt(row, Fields())], tokenizer)
-    return seen[-1].removesuffix(" a")
+    """What the template, of a tool call `c`, makes of a conversation with the message in it."""
+    calls = "{% for c in m.tool_calls or [] %}" + template + "{% endfor %}"
+    tokenizer = tokenizer_with("{% for m in messages %}" + calls + "{% endfor %}")
+    messages = [{"role": "user", "content": "a"}, message, {"role": "tool", "content": "b"}]
+    return ChatTemplate(tokenizer).prompt(parse_prompt(Row({"prompt": messages}, "f.jsonl:3")).prompt, "f.jsonl:3")
 
 
 @pytest.mark.parametrize(

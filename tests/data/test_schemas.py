@@ -68,6 +68,7 @@ HEAD = [SYSTEM, {"role": "user", "content": "x"}, {"role": "assistant", "content
     ("row", "prompt"),
     [
         (pair_row("a b", [*HEAD, GOOD], [*HEAD, BAD]), HEAD),
+        (pair_row(" a b\n", [*HEAD, GOOD], [*HEAD, BAD]), HEAD),
         (pair_row("a b", [GOOD], [BAD]), [USER]),
         (pair_row(None, [*HEAD, GOOD], [*HEAD, BAD]), HEAD),
         (pair_row(HEAD, [*HEAD, GOOD], [*HEAD, BAD]), HEAD),
@@ -76,7 +77,17 @@ HEAD = [SYSTEM, {"role": "user", "content": "x"}, {"role": "assistant", "content
         (pair_row(), "a b"),
         ({"chosen": START + " yes", "rejected": START + " no"}, START),
     ],
-    ids=["text-beside-whole", "text-beside-turn", "whole", "same-beside-whole", "turns", "texts", "plain", "hh"],
+    ids=[
+        "text-beside-whole",
+        "spaced-text",
+        "text-beside-turn",
+        "whole",
+        "same-beside-whole",
+        "turns",
+        "texts",
+        "plain",
+        "hh",
+    ],
 )
 def test_all_modules_see_the_same_prompt(row, prompt):
     for parse in (parse_pair, parse_instruction, parse_prompt):

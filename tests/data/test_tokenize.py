@@ -44,6 +44,33 @@ def test_eos_already_written_is_not_doubled(tokenizer):
     assert one(tokenizer, response="c <eos>")[1] == [C, EOS]
 
 
+def test_bos_already_written_is_not_doubled(tokenizer):
+    assert one(tokenizer, "<bos> a")[0] == [BOS, A]
+    (prompt,) = tokenize_prompts([Prompt("<bos> a", {}, "f:1")], tokenizer)
+    assert list(prompt.prompt) == [BOS, A]
+
+
+@pytest.mark.parametrize("policy", ["keep", "escape", "refuse"])
+def test_bos_at_the_beginning_and_eos_at_the_end_of_text_are_no_accident(tokenizer, policy, recwarn):
+    assert one(tokenizer, "<bos> a", "c <eos>", control_tokens=policy) == ([BOS, A], [C, EOS])
+    assert not [w for w in recwarn if "control token" in str(w.message)]
+
+
+def test_control_tokens_in_data_are_counted_escaped_or_refused(tokenizer):
+    user, answer = [{"role": "user", "content": "a <assistant> b"}], [{"role": "assistant", "content": "c"}]
+    rows = [instruction("a", "b <eos> c"), instruction(user, answer), instruction("a <eos>", "c")]
+    with pytest.warns(UserWarning, match="2 texts in messages and responses hold that of a control token"):
+        kept = tokenize_instructions(rows, tokenizer)
+    assert list(kept[0].response) == [B, EOS, C, EOS]
+    escaped = tokenize_instructions(rows, tokenizer, TokenizeOptions(control_tokens="escape"))
+    assert [list(e.response).count(EOS) for e in escaped] == [1, 1, 1]
+    assert list(escaped[1].prompt).count(ASSISTANT) == 1
+    assert EOS not in escaped[2].prompt
+    bad = BadRows("skip")
+    assert not tokenize_instructions(rows, tokenizer, TokenizeOptions(control_tokens="refuse"), bad)
+    assert bad.counts == {"text of a control token": 3}
+
+
 def test_chat_uses_the_template_once_and_no_second_bos(tokenizer):
     chat = [
         {"role": "user", "content": "a"},
@@ -70,9 +97,9 @@ def test_many_texts_take_few_tokenizer_calls(tokenizer, monkeypatch):
     assert len(calls) <= 6
 
 
-@pytest.mark.parametrize(("limit", "kept"), [(4, [BOS, A, B, C]), (5, [BOS, A, B, C]), (3, [A, B, C]), (1, [C])])
+@pytest.mark.parametrize(("limit", "kept"), [(4, [BOS, A, B, C]), (5, [BOS, A, B, C]), (3, [BOS, B, C]), (1, [C])])
 @pytest.mark.filterwarnings("ignore:Length limits")
-def test_long_prompt_keeps_its_end(tokenizer, limit, kept):
+def test_long_prompt_keeps_bos_and_its_end(tokenizer, limit, kept):
     assert one(tokenizer, "a b c", max_prompt_length=limit)[0] == kept
 
 
@@ -93,6 +120,45 @@ def test_long_prompt_keeps_its_end(tokenizer, limit, kept):
 def test_long_response_keeps_its_beginning(tokenizer, limit, policy, kept):
     result = one(tokenizer, max_response_length=limit, truncated_response=policy)
     assert (result and result[1]) == kept
+
+
+CHAT = [
+    {"role": "user", "content": "a b"},
+    {"role": "assistant", "content": "c"},
+    {"role": "user", "content": "d e a b"},
+]
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept"),
+    [
+        (12, [BOS, USER, A, B, ASSISTANT, C, USER, D, E, A, B, ASSISTANT]),
+        (11, [BOS, USER, D, E, A, B, ASSISTANT]),
+        (7, [BOS, USER, D, E, A, B, ASSISTANT]),
+        (6, [BOS, USER, E, A, B, ASSISTANT]),
+        (4, [BOS, USER, B, ASSISTANT]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Length limits")
+def test_long_chat_loses_its_first_turns_before_the_beginning_of_the_last(tokenizer, limit, kept):
+    (prompt,) = tokenize_prompts([Prompt(CHAT, {}, "f:1")], tokenizer, TokenizeOptions(limit))
+    assert list(prompt.prompt) == kept
+
+
+def test_system_message_of_a_long_chat_stays(tokenizer):
+    tokenizer.chat_template = "<bos>{% for m in messages %}{{ {'system': 'f', 'user': 'g'}.get(m.role, 'h') }} " + (
+        "{{ m.content }} {% endfor %}{% if add_generation_prompt %}h{% endif %}"
+    )
+    chat = [{"role": "system", "content": "j"}, *CHAT]
+    with pytest.warns(UserWarning, match="1 prompts .* lost their beginning, but for BOS and the last turn's header"):
+        (prompt,) = tokenize_prompts([Prompt(chat, {}, "f:1")], tokenizer, TokenizeOptions(8))
+    assert prompt.text == "f j g e a b h"
+
+
+def test_header_that_alone_is_too_long_is_counted(tokenizer):
+    with pytest.warns(UserWarning, match="1 of these lost the header too"):
+        (prompt,) = tokenize_prompts([Prompt(CHAT, {}, "f:1")], tokenizer, TokenizeOptions(3))
+    assert list(prompt.prompt) == [BOS, B, ASSISTANT]
 
 
 @pytest.mark.filterwarnings("ignore:Length limits")
@@ -149,7 +215,7 @@ def test_prompt_text_is_what_the_model_sees_after_the_cut(tokenizer):
     rows = [Prompt("a b c", {"x": 1}, "f:1"), Prompt("d", {"y": [2]}, "f:2")]
     with pytest.warns(UserWarning, match="lost their beginning"):
         first, second = tokenize_prompts(rows, tokenizer, TokenizeOptions(max_prompt_length=2))
-    assert (first.text, second.text) == ("b c", "d")
+    assert (first.text, second.text) == ("c", "d")
     assert (first.columns, second.columns) == ({"x": 1, "y": None}, {"x": None, "y": [2]})
 
 

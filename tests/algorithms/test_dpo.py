@@ -99,3 +99,9 @@ def test_a_dpo_checkpoint_is_a_policy_for_later_stages(
 def test_settings_out_of_range(settings: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"beta must be positive|label_smoothing must be in \[0, 0.5\)"):
         make(**settings).check_settings()
+
+
+def test_the_settings_of_the_adapter_reach_the_actor() -> None:
+    module = make(lora=LoraArgs(r=3))
+    module.configure_model()
+    assert {min(p.shape) for p in module.backbone.role_parameters("actor").values()} == {3}

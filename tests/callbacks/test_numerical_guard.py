@@ -1,6 +1,7 @@
 """The numerical guard on a module of two weights: which steps it leaves out, and that nothing else changes."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -120,3 +121,43 @@ def test_skipping_gives_up_when_nothing_else_happens(tmp_path: Path) -> None:
         train(tmp_path, [NAN] * 120)
     alternating = train(tmp_path, [1.0, *([NAN] * 60)] * 2)
     assert alternating.callback_metrics["train/skipped_steps"] == 120.0
+
+
+def test_a_loss_that_is_not_finite_counts_though_its_gradient_is(tmp_path: Path) -> None:
+    class Constant(Line):
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            return super().training_step(batch, batch_idx) + (NAN if batch_idx == 1 else 0.0)
+
+    with pytest.raises(NonFiniteError, match="minibatch 2 of 3: the loss is nan"):
+        train(tmp_path, [1.0, 2.0, 3.0], "raise", Constant())
+
+
+def test_steps_left_out_are_said_once_an_iteration(tmp_path: Path) -> None:
+    with pytest.warns(match="is left out") as said:
+        train(tmp_path, [1.0, NAN, 2.0, NAN, NAN], max_epochs=2)
+    texts = [str(w.message) for w in said if "this optimizer step is left out" in str(w.message)]
+    assert [text.split(",")[0] for text in texts] == ["epoch 1 of 2", "epoch 2 of 2"]
+
+
+class LeftOut(Line):
+    """Each batch says whether it belongs to a rollout that was left out; its own numbers are finite."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step(batch.numbers, batch_idx)
+
+
+def train_left_out(folder: Path, left_out: list[bool]) -> L.Trainer:
+    rows = [SimpleNamespace(numbers=torch.tensor([[1.0 + i, 1.0]]), left_out=out) for i, out in enumerate(left_out)]
+    data = DataLoader(rows, batch_size=1, collate_fn=lambda batch: batch[0])  # type: ignore[arg-type]
+    trainer = make_trainer(folder, 1, callbacks=[NumericalGuard("skip_step")], enable_checkpointing=False)
+    trainer.fit(LeftOut(), data)
+    return trainer
+
+
+def test_finite_minibatches_of_a_rollout_left_out_move_nothing(tmp_path: Path) -> None:
+    trainer = train_left_out(tmp_path, [True, False, True])
+    clean = train(tmp_path / "clean", [2.0])
+    assert torch.equal(state(trainer)[0], state(clean)[0])
+    assert trainer.callback_metrics["train/skipped_steps"] == 2.0
+    with pytest.raises(NonFiniteError, match="100 steps in a row had to be left out"):
+        train_left_out(tmp_path, [True] * 120)

@@ -117,6 +117,32 @@ def test_adaptive_by_hand():
     assert control.value == pytest.approx(0.2 * 1.01 * 1.02 * 0.98)
 
 
+def test_target_and_horizon_by_hand():
+    control = AdaptiveKL(coefficient=0.5, target=2.0, horizon=400.0)
+    control.update(2.2, 100)  # error 0.1, a quarter of the horizon
+    assert control.value == pytest.approx(0.5 * 1.025)
+
+
+def test_coefficients_that_are_not_given_are_the_papers():
+    assert FixedKL().value == 0.05
+    control = AdaptiveKL()  # Ziegler et al.: 6 nats, ten thousand episodes
+    assert control.value == 0.2
+    control.update(6.6, 100)
+    assert control.value == pytest.approx(0.2 * 1.001)
+
+
+@pytest.mark.parametrize("horizon", [2.0, 1.6])
+def test_an_iteration_too_long_for_the_horizon_is_a_problem_before_it_is_an_error(horizon):
+    control, most = AdaptiveKL(horizon=horizon), math.ceil(5 * horizon) - 1
+    assert control.problems(most) == []
+    control.update(0.0, most)
+    assert control.value > 0
+    (problem,) = control.problems(most + 1)
+    assert f"above a fifth of an iteration's {most + 1} responses" in problem
+    with pytest.raises(ValueError, match="n must lie in"):
+        control.update(0.0, most + 1)
+
+
 def test_a_fixed_coefficient_is_no_state():
     first, second = FixedKL(0.3), FixedKL(0.1)
     second.load_state_dict(first.state_dict())

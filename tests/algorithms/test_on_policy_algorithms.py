@@ -597,6 +597,24 @@ def test_a_recorded_pass_goes_to_its_own_batch_once(hydra_checkpoint: Path) -> N
     assert not backbone._recorded
 
 
+def test_a_loss_that_reads_nothing_frees_the_graph_before_its_backward_pass(
+    prompts: PromptData, tmp_path: Path
+) -> None:
+    held = []
+
+    class Own(RLOO):
+        def loss(self, b: Experience) -> Tensor:
+            held.append(bool(self.backbone._recorded))
+            return self.backbone.zero_loss()
+
+        def on_after_backward(self) -> None:
+            held.append(bool(self.backbone._recorded))
+
+    module = make(Own, samples_per_prompt=2, keep_log_probs=False, minibatch_size=8)
+    make_trainer(tmp_path, 1).fit(module, prompts)
+    assert held == [True, False]
+
+
 def test_a_loss_that_does_not_ask_for_it_leaves_no_graph(
     hydra_checkpoint: Path, prompts: PromptData, tmp_path: Path
 ) -> None:

@@ -196,6 +196,7 @@ SHORT = AdaptiveKL(0.1, horizon=2.0)
         (ReinforcePlusPlus, {"clip": -1.0}, "clip must be positive"),
         (GRPO, {"samples_per_prompt": 1}, "samples_per_prompt must be at least 2 for GRPO"),
         (PPO, {"score_clip": 0.0}, "score_clip must be positive"),
+        (PPO, {"rollout_batch_size": 0}, "rollout_batch_size must be positive"),
         (PPO, {"kl": SHORT, "rollout_size": 12}, "kl.horizon 2 must be above a fifth of an iteration's 12"),
         (PPO, {"sampling": Sampling(top_p=0.0)}, "sampling.top_p"),
         (PPO, {"keep_log_probs": True, "engine": SimpleNamespace(gives_log_probs=False)}, "returns no log-probs"),

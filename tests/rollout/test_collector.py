@@ -28,7 +28,7 @@ def responses(**filled: Any) -> Experience:
     mask = torch.arange(3) < torch.tensor(LENGTHS)[:, None]
     tokens = torch.arange(4)[:, None].repeat(1, 5)
     attention = torch.cat([torch.ones(4, 2, dtype=torch.bool), mask], dim=1)
-    return Experience(tokens, attention, mask, torch.tensor([False, False, True, True]), **filled)
+    return Experience(tokens, attention, mask, torch.tensor([False, False, False, True]), **filled)
 
 
 class TypedBackbone:
@@ -167,7 +167,7 @@ def test_the_means_of_a_rollout_and_what_the_controllers_are_fed(ranks: int) -> 
     entropies = [-sum(row) / len(row) for row in ACTOR]
     expected = {
         "score": sum(SCORES) / 4, "kl": kl, "kl_penalty": sum(token_sums(lambda p, q: (p - q) ** 2 / 2)) / 4,
-        "response_length": 9 / 4, "truncated": 0.5, "entropy": sum(entropies) / 4, "kl_coef": 0.8,
+        "response_length": 9 / 4, "truncated": 0.25, "entropy": sum(entropies) / 4, "kl_coef": 0.8,
     }  # fmt: skip
     assert policy.logged == pytest.approx({f"rollout/{name}": value for name, value in expected.items()}, rel=1e-5)
     assert policy.calls == ["sample", "score", "estimate"]

@@ -1,11 +1,13 @@
 """Every setting of the losses in the numbers it decides, against slow loops; no model is loaded."""
 
 import math
+from collections.abc import Sequence
 from statistics import fmean, variance
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from typed_numbers import (
     ADVANTAGES,
     NOW,
@@ -125,6 +127,31 @@ def test_the_sum_of_the_losses(coefficient: float, count: float | None) -> None:
     assert float(module.loss(b)) == pytest.approx(float(policy + value) - coefficient * entropy, rel=1e-5)
     assert module.backbone.asked == [{"value_gradient": 0.4, "entropy": coefficient > 0}]
     assert {"policy_loss", "approx_kl", "value_loss", "explained_variance"} <= set(module.minibatch_stats)
+
+
+def test_a_critic_with_a_pass_of_its_own_is_differentiated_before_the_actors_pass_begins() -> None:
+    """So that the activations of one pass are alive at a time."""
+    weight, events = torch.nn.Parameter(torch.ones(())), []
+
+    class Apart(FixedBackbone):
+        def passes(self, roles: Sequence[str]) -> dict[str, Any]:
+            return dict.fromkeys(roles)
+
+        def role_parameters(self, role: str) -> dict[str, Any]:
+            return {"weight": weight}
+
+        def __call__(self, roles: Sequence[str], *inputs: Tensor, **options: Any) -> dict[str, Tensor]:
+            events.append(tuple(roles))
+            outputs = super().__call__(roles, *inputs, **options)
+            if "critic" in outputs:
+                outputs["critic"] = outputs["critic"] * weight
+                outputs["critic"].register_hook(lambda _: events.append("backward"))
+            return outputs
+
+    module, b = make(PPO), a_minibatch()
+    module.backbone = Apart()
+    module.loss(b)
+    assert events == [("critic",), "backward", ("actor",)]
 
 
 @pytest.mark.parametrize("kind", [PPO, RLOO])

@@ -34,6 +34,7 @@ from lit_rlhf import (
     AdaptiveKL,
     Experience,
     FixedKL,
+    LoraArgs,
     OnPolicyModule,
     PromptData,
     Reinforce,
@@ -218,6 +219,7 @@ def test_a_setting_out_of_range_is_named(kind: type[OnPolicyModule], settings: d
         (PPO, {"value_clip": None, "target_kl": None, "critic_lr": None, "gamma": 0.0, "gae_lambda": 0.0}),
         (PPO, {"value_coef": 0.0, "entropy_coef": 0.0, "value_gradient": 0.0, "score_clip": None}),
         (PPO, {"compile_layers": True, "kl": SHORT, "rollout_size": 8}),
+        (PPO, {"layout": "full", "lora": LoraArgs(ranks={"critic": 2})}),  # which has no adapters, and needs none
         (ReMax, {"advantage_clip": None, "gamma": 1.0, "samples_per_prompt": 1}),
         (RLOO, {"samples_per_prompt": 2}),
         (GRPO, {"samples_per_prompt": 2, "kl_estimator": "k2"}),

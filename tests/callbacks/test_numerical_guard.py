@@ -133,9 +133,9 @@ def test_a_loss_that_is_not_finite_counts_though_its_gradient_is(tmp_path: Path)
 
 
 def test_steps_left_out_are_said_once_an_iteration(tmp_path: Path) -> None:
-    with pytest.warns(match="is left out") as said:
+    with pytest.warns(match="this optimizer step is") as said:
         train(tmp_path, [1.0, NAN, 2.0, NAN, NAN], max_epochs=2)
-    texts = [str(w.message) for w in said if "this optimizer step is left out" in str(w.message)]
+    texts = [str(w.message) for w in said if "this optimizer step is" in str(w.message)]
     assert [text.split(",")[0] for text in texts] == ["epoch 1 of 2", "epoch 2 of 2"]
 
 
@@ -159,5 +159,5 @@ def test_finite_minibatches_of_a_rollout_left_out_move_nothing(tmp_path: Path) -
     clean = train(tmp_path / "clean", [2.0])
     assert torch.equal(state(trainer)[0], state(clean)[0])
     assert trainer.callback_metrics["train/skipped_steps"] == 2.0
-    with pytest.raises(NonFiniteError, match="100 steps in a row had to be left out"):
+    with pytest.raises(NonFiniteError, match="100 steps in a row"):
         train_left_out(tmp_path, [True] * 120)

@@ -62,6 +62,14 @@ def test_prompts_cover_the_data_before_any_comes_again_and_ranks_are_disjoint(wo
     assert sorted(i for indices in drawn for i in indices) == list(range(12))
 
 
+def test_an_iteration_draws_one_prompt_for_all_its_responses() -> None:
+    buffer = RolloutBuffer(6, 3, 1, seed=1, samples_per_prompt=3)
+    buffer.setup(TypedTrainer(world_size=1, datamodule=SimpleNamespace(num_prompts=4, prompt_batch=list)), None, "fit")  # type: ignore[arg-type]
+    drawn = [buffer.prompt_indices(iteration) for iteration in range(4)]
+    assert [len(indices) for indices in drawn] == [2] * 4
+    assert sorted(drawn[0] + drawn[1]) == sorted(drawn[2] + drawn[3]) == [0, 1, 2, 3]
+
+
 def test_too_few_prompts_and_the_wrong_data_are_clear_errors(data_folder: Path, tmp_path: Path) -> None:
     prompts = PromptData(train=str(data_folder / "prompts.jsonl"), validation_size=0)
     with pytest.raises(

@@ -123,7 +123,7 @@ MASK = torch.arange(3) < torch.tensor([2, 3, 1, 3])[:, None]
 LOG_PROBS = [[-1.0, -2.0], [-0.5, -1.5, -0.1], [-3.0], [-0.2, -0.9, -0.4]]
 REFERENCE = [[-1.5, -1.8], [-0.5, -2.5, -0.3], [-2.0], [-0.6, -0.8, -1.4]]
 REWARDS = [1.5, -0.5, 0.25, 0.75]
-BATCH = {"mask": MASK}
+BATCH = {"tokens": torch.ones(4, 5), "attention_mask": torch.ones(4, 5, dtype=torch.bool), "mask": MASK}
 
 
 def typed(kind: type[SupervisedModule], **settings: Any) -> Any:
@@ -140,7 +140,7 @@ def typed(kind: type[SupervisedModule], **settings: Any) -> Any:
         every = {"actor": padded(LOG_PROBS), "reference": padded(REFERENCE), "reward": torch.tensor(REWARDS)}
         return {role: every[role] for role in roles}
 
-    module.read = lambda batch, lm_mask=None: backbone(tuple(module.heads), lm_mask=lm_mask)
+    module.backbone = backbone
     return module
 
 

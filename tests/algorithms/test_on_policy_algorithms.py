@@ -27,6 +27,7 @@ from lit_rlhf import (
     ReMax,
     Sampling,
 )
+from lit_rlhf.backbone.reuse import PassKey, RecordedPass
 from lit_rlhf.evaluation import mean_ci95
 from lit_rlhf.functional import clipped_policy_loss, policy_gradient_loss
 
@@ -595,6 +596,27 @@ def test_a_recorded_pass_goes_to_its_own_batch_once(hydra_checkpoint: Path) -> N
     assert backbone._recorded  # passes without gradients neither take nor end it
     backbone.forget()
     assert not backbone._recorded
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"roles": ("critic",)}, {"options": {"entropy": True, "value_gradient": 1.0}}, {"versions": (4,)},
+        *({"inputs": place} for place in range(3)),
+    ],
+)  # fmt: skip
+def test_a_recorded_pass_differs_by_everything_that_decides_it(change: dict[str, Any]) -> None:
+    inputs = tuple(torch.ones(2, 3) for _ in range(3))
+    fields: dict[str, Any] = {
+        "roles": ("actor",), "inputs": inputs, "options": {"entropy": False, "value_gradient": 1.0}, "versions": (3,),
+    }  # fmt: skip
+    if "inputs" in change:  # equal, but another tensor
+        change = {"inputs": tuple(x.clone() if i == change["inputs"] else x for i, x in enumerate(inputs))}
+    recorded, outputs = RecordedPass(), {"actor": torch.zeros(2, 3)}
+    recorded.keep(PassKey(**fields), outputs)
+    assert recorded.take(PassKey(**{**fields, **change})) is None
+    recorded.keep(PassKey(**fields), outputs)
+    assert recorded.take(PassKey(**fields)) is outputs
 
 
 def test_a_loss_that_reads_nothing_frees_the_graph_before_its_backward_pass(

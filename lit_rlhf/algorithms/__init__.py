@@ -36,7 +36,8 @@ Hooks
     Return the problems with the settings, one line each, added to ``super().problems()``; all of them are reported
     together in ``setup``, before any weights load. ``self.needs_groups()`` reports K = 1.
 
-A constructor declares its own arguments, passes ``**kwargs``, and calls ``super().__init__(**kwargs)`` first.
+A constructor declares its own arguments, passes ``**kwargs``, and calls ``super().__init__(**kwargs)`` first. (Plain
+numbers set before it work too; modules, parameters and tensors do not.)
 
 Experience
 ----------
@@ -60,6 +61,23 @@ field              shape         dtype        filled by
 ``count``          0-dim         float        the buffer, on minibatches: see below
 ``left_out``       bool                       the check: a number is not finite; nothing is updated
 =================  ============  ===========  =================================================================
+
+What else can be your own
+-------------------------
+Each is named by its class path in YAML, as an algorithm is.
+
+``reward``
+    A :class:`~lit_rlhf.Reward` with ``score(batch) -> [N] float32``, or ``FunctionReward`` around a function of
+    ``(prompts, responses, **columns)``.
+``engine``
+    An :class:`~lit_rlhf.Engine` with ``respond(model, request) -> Experience``: the sequence fields filled, ``samples``
+    rows to each prompt together. :func:`lit_rlhf.rollout.generation.as_experience` makes one of responses.
+``kl``
+    A :class:`~lit_rlhf.KLController`: ``value`` (a property, which may be overridden) is the coefficient, ``update(kl,
+    n)`` is called once an iteration. Whatever changes during training belongs into ``state_dict`` and
+    ``load_state_dict``: a resumed run has nothing else. The base keeps the coefficient that its constructor was given.
+``layout``
+    A :class:`~lit_rlhf.Layout` by import path: a trunk, an adapter and a head for each role.
 
 What divides which loss
 -----------------------

@@ -6,7 +6,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from lit_rlhf.algorithms.on_policy import OnPolicyModule
-from lit_rlhf.algorithms.settings import out_of_range
+from lit_rlhf.algorithms.settings import out_of_range, unpack
 from lit_rlhf.backbone import PassOptions
 from lit_rlhf.callbacks import CriticWarmup
 from lit_rlhf.functional import (
@@ -96,7 +96,7 @@ class ActorCriticModule(OnPolicyModule):
             if value_loss.requires_grad:
                 value_loss = differentiate_now(value_loss, list(self.backbone.role_parameters("critic").values()))
             outputs = self.backbone(("actor",), *b.inputs, **self.pass_options())
-        policy_loss, stats = self.policy_loss(outputs["actor"], b)
+        policy_loss, stats = unpack(self.policy_loss(outputs["actor"], b), self)
         self.minibatch_stats = {**stats, **value_stats}
         loss = policy_loss + value_loss
         if self.entropy_coef > 0:

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from lit_rlhf.algorithms.base import BackboneModule
+from lit_rlhf.algorithms.settings import unpack
 from lit_rlhf.backbone import Layout, LoraArgs, PassOptions, find_layout
 from lit_rlhf.callbacks import PhaseTimer, SampleTable, StopInIteration, TrainingPhase
 from lit_rlhf.functional import KLEstimator, kl_estimate
@@ -174,7 +175,7 @@ class OnPolicyModule(BackboneModule):
 
     def loss(self, minibatch: Experience) -> Tensor:
         """Hook: return the loss of one minibatch, 0-dim; by default :meth:`policy_loss` alone."""
-        loss, self.minibatch_stats = self.policy_loss(self.log_probs(minibatch), minibatch)
+        loss, self.minibatch_stats = unpack(self.policy_loss(self.log_probs(minibatch), minibatch), self)
         return loss
 
     def generate(self, prompts: PromptBatch, samples: int = 1, greedy: bool = False) -> Experience:

@@ -5,9 +5,11 @@ from typing import Protocol
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.backbone import BackboneSpec, Layout, LoraArgs, StageCheckpoint, check_model
+from lit_rlhf.errors import ConfigError
 
 
 def out_of_range(
@@ -99,3 +101,11 @@ def check_data(
     known: list[Measured] = [part for part in parts if part is not None and hasattr(part, "longest")]
     longest = max((part.longest() for part in known), default=0)
     check_model(spec, tokenizer, longest, sampled_tokens, lambda: max(part.largest_id() for part in known), parents)
+
+
+def unpack(found: object, module: object) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return what ``policy_loss`` gave, if it is a loss and its statistics."""
+    if isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict):
+        return found
+    kind = type(found).__name__
+    raise ConfigError(f"{type(module).__name__}.policy_loss must return (loss, statistics), a dict; got one {kind}")

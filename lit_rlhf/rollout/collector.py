@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_rlhf.errors import ConfigError
 from lit_rlhf.functional import kl_estimate, masked_sum
 from lit_rlhf.rollout.engines import Engine
 from lit_rlhf.rollout.experience import Experience, PromptBatch, Sample
@@ -82,6 +83,7 @@ class Collector:
             if not experience.left_out:
                 policy.reward_scaler.update(experience.scores, lambda tensor: sum_over_ranks(policy, tensor))
             policy.estimate(experience)
+            _check_advantages(experience, type(policy).__name__)
         metrics = self.measure(policy, experience)
         policy.log_all("rollout", {**metrics, "kl_coef": policy.kl.value})
         if not experience.left_out:
@@ -92,7 +94,7 @@ class Collector:
 
     def _sample(self, policy: Policy, prompts: PromptBatch) -> Experience:
         try:
-            return policy.sample(prompts)
+            return _checked(policy.sample(prompts), type(policy).__name__, type(self.engine).__name__)
         except RuntimeError as error:
             if "probability tensor" not in str(error):  # our and torch's wording for logits that are not finite
                 raise
@@ -204,3 +206,22 @@ class Collector:
             policy.score(experience, prompts)
         metrics = self.measure(policy, experience)
         policy.log_all(prefix, metrics, batch_size=len(experience), on_step=False, on_epoch=True)
+
+
+def _checked(experience: object, module: str, engine: str) -> Experience:
+    """Return what ``sample`` gave, if it is an experience."""
+    if not isinstance(experience, Experience):
+        raise ConfigError(
+            f"{module}.sample (engine {engine}) must return an Experience, got {type(experience).__name__}"
+        )
+    return experience
+
+
+def _check_advantages(experience: Experience, module: str) -> None:
+    """Refuse advantages of another shape than ``[N, T]``; a loss of one's own may do without."""
+    advantages, shape = getattr(experience, "advantages", None), tuple(experience.mask.shape)
+    if isinstance(advantages, Tensor) and tuple(advantages.shape) != shape:
+        raise ConfigError(
+            f"{module}.estimate must fill advantages of shape [N, T] = {list(shape)}, one a token; got "
+            f"{list(advantages.shape)}. Of one number a response make advantages[:, None] * experience.mask"
+        )

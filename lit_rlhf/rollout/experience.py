@@ -28,6 +28,17 @@ class Sample(TypedDict):
     score: float
 
 
+FILLED_BY = {
+    "log_probs": "sample or score",
+    "ref_log_probs": "score",
+    "values": "score, where there is a critic,",
+    "scores": "score",
+    "greedy": "sample, with greedy=True,",
+    "advantages": "estimate",
+    "returns": "estimate, where there is a critic,",
+}
+
+
 class UnsetFieldError(AttributeError, ValueError):
     """A field of an experience was read before the step that fills it."""
 
@@ -93,7 +104,8 @@ class Experience:
     def __getattr__(self, name: str) -> Any:
         # Called for unset attributes only.
         if any(name in vars(kind).get("__annotations__", {}) for kind in type(self).__mro__):
-            raise UnsetFieldError(f"experience has no {name} yet: the step that fills it has not run")
+            by = f" ({FILLED_BY[name]} fills it)" if name in FILLED_BY else ""
+            raise UnsetFieldError(f"experience has no {name} yet: the step that fills it has not run{by}")
         raise AttributeError(f"an Experience has no field {name!r}")
 
     def __len__(self) -> int:

@@ -1,6 +1,7 @@
 """Every setting of the losses in the numbers it decides, against slow loops; no model is loaded."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean, variance
 from typing import Any
@@ -165,3 +166,20 @@ def test_temperature_reaches_the_log_probs_that_are_trained(kind: type[OnPolicyM
         logits = model(tokens).logits.double() / 0.6
         expected = [[float(logits[r, t - 1].log_softmax(-1)[tokens[r, t]]) for t in range(2, 6)] for r in range(2)]
         assert_rows(module.log_probs(b), expected)
+
+
+@pytest.mark.parametrize(("checkpointing", "times"), [(False, 1), (True, 2)])
+def test_gradient_checkpointing_computes_each_layer_again_in_backward(checkpointing: bool, times: int) -> None:
+    module, computed = make(RLOO, gradient_checkpointing=checkpointing), []
+    module.configure_model()
+    with torch.no_grad():
+        for name, parameter in module.backbone.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()  # so that every layer has a gradient
+    for name, layer in module.backbone.named_modules():
+        if name.endswith(".self_attn"):
+            layer.register_forward_hook(lambda *_, name=name: computed.append(name))
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    b = Experience(torch.randint(3, 900, (2, 6)), torch.ones(2, 6, dtype=torch.bool), mask, mask[:, 0])
+    module.log_probs(b).sum().backward()
+    assert set(Counter(computed).values()) == {times}

@@ -27,6 +27,7 @@ from lit_rlhf import (
     ReMax,
     Sampling,
 )
+from lit_rlhf.backbone.reuse import PassKey, RecordedPass
 from lit_rlhf.evaluation import mean_ci95
 from lit_rlhf.functional import clipped_policy_loss, policy_gradient_loss
 
@@ -597,6 +598,27 @@ def test_a_recorded_pass_goes_to_its_own_batch_once(hydra_checkpoint: Path) -> N
     assert not backbone._recorded
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"roles": ("critic",)}, {"options": {"entropy": True, "value_gradient": 1.0}}, {"versions": (4,)},
+        *({"inputs": place} for place in range(3)),
+    ],
+)  # fmt: skip
+def test_a_recorded_pass_differs_by_everything_that_decides_it(change: dict[str, Any]) -> None:
+    inputs = tuple(torch.ones(2, 3) for _ in range(3))
+    fields: dict[str, Any] = {
+        "roles": ("actor",), "inputs": inputs, "options": {"entropy": False, "value_gradient": 1.0}, "versions": (3,),
+    }  # fmt: skip
+    if "inputs" in change:  # equal, but another tensor
+        change = {"inputs": tuple(x.clone() if i == change["inputs"] else x for i, x in enumerate(inputs))}
+    recorded, outputs = RecordedPass(), {"actor": torch.zeros(2, 3)}
+    recorded.keep(PassKey(**fields), outputs)
+    assert recorded.take(PassKey(**{**fields, **change})) is None
+    recorded.keep(PassKey(**fields), outputs)
+    assert recorded.take(PassKey(**fields)) is outputs
+
+
 def test_a_loss_that_reads_nothing_frees_the_graph_before_its_backward_pass(
     prompts: PromptData, tmp_path: Path
 ) -> None:
@@ -623,7 +645,6 @@ def test_a_loss_that_does_not_ask_for_it_leaves_no_graph(
     class Own(RLOO):
         def loss(self, b: Experience) -> Tensor:
             held.append(bool(self.backbone._recorded))
-            self.backbone.forget() if len(held) % 2 else None  # or it stays until backward begins
             fresh = self.backbone(("actor",), b.tokens.clone(), b.attention_mask, b.mask, lm_mask=b.mask)["actor"]
             torch.testing.assert_close(fresh.detach(), b.require("log_probs"), rtol=1e-4, atol=1e-5)
             return fresh.mean()

@@ -259,7 +259,9 @@ def test_what_is_predicted_of_a_sequence() -> None:
 )
 def test_data_of_another_kind_are_refused(kind: type[SupervisedModule], data: type, message: str | None) -> None:
     module: Any = kind(model=TINY, optimizer=adamw())
-    module._trainer = SimpleNamespace(datamodule=data(train="rows.jsonl"), precision="32-true")
+    module._trainer = SimpleNamespace(
+        datamodule=data(train="rows.jsonl"), precision="32-true", state=SimpleNamespace(fn=None)
+    )
     problems = module.problems()
     assert len(problems) == (message is not None)
     assert message is None or message in problems[0]

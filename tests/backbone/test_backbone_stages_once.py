@@ -1,18 +1,20 @@
 """Every checkpoint of a chain is opened once, every base model loaded once for all trunks that start alike."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_ppo, make_trainer
+from helpers import TINY, make_ppo, make_trainer
 from stage_helpers import REWARD, SFT, lora
 
-from lit_rlhf import PromptData
+from lit_rlhf import LoraArgs, PromptData
 from lit_rlhf.backbone import (
     LAYOUTS,
     BackboneSpec,
     build_backbone,
+    find_layout,
     fingerprint_parents,
     read_stages,
     stage_checkpoints,
@@ -105,3 +107,22 @@ def test_a_run_opens_each_file_once(hydra_checkpoint, lora_reward_checkpoint, pr
     make_trainer(tmp_path, 1).fit(module, prompts)
     assert opened == {"hydra.ckpt": 1, "reward.ckpt": 1, "random:tiny": 1}
     assert set(module.spec.fingerprints) == {str(first), str(second)}
+
+
+def test_adapters_of_earlier_stages_lie_beside_a_trunk_they_cannot_be_merged_into(hydra_checkpoint, monkeypatch):
+    """A quantized trunk, here loaded plain: actor and reference start where the merged ones do."""
+    load = stage_checkpoints.TrunkWeights.load
+    monkeypatch.setattr(
+        stage_checkpoints.TrunkWeights, "load", lambda weights, dtype, *quantization: load(weights, dtype)
+    )
+    spec = BackboneSpec(TINY, None, "float32", LoraArgs(r=4), str(hydra_checkpoint))
+    layout = find_layout("hydra").restricted_to(("actor", "reference"))
+    merged = build_backbone(spec, layout)
+    beside = build_backbone(replace(spec, quantization="nf4"), layout, stages=read_stages(spec, layout))
+    tokens, mask = torch.arange(3, 21).view(2, 9), torch.ones(2, 4, dtype=torch.bool)
+    with torch.no_grad():
+        expected, got = (b(("actor", "reference"), tokens, tokens > 0, mask) for b in (merged, beside))
+        bare = build_backbone(replace(spec, policy_checkpoint=None), layout)(("reference",), tokens, tokens > 0, mask)
+    for role in ("actor", "reference"):
+        torch.testing.assert_close(got[role], expected[role], rtol=1e-4, atol=1e-5)
+        assert (got[role] - bare["reference"]).abs().max() > 1e-2

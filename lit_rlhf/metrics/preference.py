@@ -21,7 +21,7 @@ class PairMean(MeanMetric):
             chosen_scores: [n] float64.
             rejected_scores: [n] float64.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define of_pairs")
 
     def update(self, chosen_scores: Tensor, rejected_scores: Tensor) -> None:  # type: ignore[override]
         """Count more pairs.

@@ -659,8 +659,10 @@ def test_a_loss_that_does_not_ask_for_it_leaves_no_graph(
 def test_rollouts_scored_in_parts_carry_nothing(hydra_checkpoint: Path, prompts: PromptData, tmp_path: Path) -> None:
     module: Any = make(PPO, policy_checkpoint=str(hydra_checkpoint), minibatch_size=8, rollout_batch_size=4)
     module.configure_model()
-    module.backbone.record = None
+    asked: list[Any] = []
+    module.backbone.record = lambda *args, **kwargs: asked.append(args) or {}
     make_trainer(tmp_path, 1).fit(module, prompts)
+    assert asked == []
 
 
 class CountedPasses(L.Callback):

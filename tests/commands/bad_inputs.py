@@ -125,7 +125,7 @@ def adapter(**config: Any) -> Callable[[Path], None]:
 
 def torn_adapter(folder: Path) -> None:
     adapter(base_model_name_or_path="random:tiny", target_modules=["q_proj"])(folder)
-    (folder / "adapter_model.safetensors").write_bytes(b"torn")
+    (folder / "adapter_model.safetensors").write_bytes(b"truncated")
 
 
 def text_of(name: str, content: str | bytes) -> Callable[[Path], None]:
@@ -217,7 +217,7 @@ VALUES = [
     ),
     value("pattern that matches nothing", "--model.lora.target_modules=.*attn$x", "no module path matches"),
     value("pattern that is none", "--model.lora.target_modules=(q_proj", "is not a regular expression"),
-    value("embedding as target", "--model.lora.target_modules=[embed_tokens]", "embedding cannot carry LoRA"),
+    value("embedding as target", "--model.lora.target_modules=[embed_tokens]", "embeddings cannot carry LoRA"),
     value("norm as target", "--model.lora.target_modules=[input_layernorm]", "input_layernorm"),
     value("unknown layout", "--model.layout=hydro", "layout must be one of full, lora"),
     value("missing layout module", "--model.layout=my_layouts.SPLIT", "no module named 'my_layouts'"),
@@ -351,7 +351,7 @@ DATA = [
         "".join(f'{{"prompt": "{c}"}}\n' for c in "abcdefg"),
         "needs at least 4 training prompts; the data has 3",
     ),
-    rows("same.jsonl", '{"prompt": "a"}\n' * 20, "share the prompts of the validation rows"),
+    rows("same.jsonl", '{"prompt": "a"}\n' * 20, "all rows share one prompt"),
     rows(
         "prompts_of_pairs.jsonl", '{"prompt": "a", "chosen": "b"}\n' * 20, "field 'rejected' is missing", base="reward"
     ),
@@ -410,8 +410,8 @@ CHECKPOINTS = [
         files={"folder": lambda p: p.mkdir(exist_ok=True)},
     ),
     checkpoint("empty", "empty.ckpt", "is empty", files={"empty.ckpt": b""}),
-    checkpoint("torn", "torn.ckpt", "torn", files={"torn.ckpt": b"PK\x03\x04 torn"}),
-    checkpoint("text", "text.ckpt", "torn", files={"text.ckpt": "version https://git-lfs"}),
+    checkpoint("truncated", "torn.ckpt", "torn", files={"torn.ckpt": b"PK\x03\x04 torn"}),
+    checkpoint("text", "text.ckpt", "truncated", files={"text.ckpt": "version https://git-lfs"}),
     checkpoint(
         "of another program",
         "foreign.ckpt",

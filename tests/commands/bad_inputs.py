@@ -125,7 +125,7 @@ def adapter(**config: Any) -> Callable[[Path], None]:
 
 def torn_adapter(folder: Path) -> None:
     adapter(base_model_name_or_path="random:tiny", target_modules=["q_proj"])(folder)
-    (folder / "adapter_model.safetensors").write_bytes(b"truncated")
+    (folder / "adapter_model.safetensors").write_bytes(b"torn")
 
 
 def text_of(name: str, content: str | bytes) -> Callable[[Path], None]:
@@ -410,7 +410,7 @@ CHECKPOINTS = [
         files={"folder": lambda p: p.mkdir(exist_ok=True)},
     ),
     checkpoint("empty", "empty.ckpt", "is empty", files={"empty.ckpt": b""}),
-    checkpoint("truncated", "torn.ckpt", "torn", files={"torn.ckpt": b"PK\x03\x04 torn"}),
+    checkpoint("torn", "torn.ckpt", "truncated", files={"torn.ckpt": b"PK\x03\x04 torn"}),
     checkpoint("text", "text.ckpt", "truncated", files={"text.ckpt": "version https://git-lfs"}),
     checkpoint(
         "of another program",

@@ -5,27 +5,16 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.backbone import Backbone, PassOptions
+from lit_rlhf.backbone import PassOptions
 from lit_rlhf.rollout.experience import Experience, PromptBatch, Sample
 from lit_rlhf.rollout.kl_control import KLController
 from lit_rlhf.rollout.rewards import Scored
 from lit_rlhf.rollout.scaling import RewardScaler
-from lit_rlhf.strategies.ranks import InTraining
+from lit_rlhf.strategies.ranks import HasBackbone
 
 if TYPE_CHECKING:
     from lit_rlhf.rollout.buffer import RolloutBuffer
-
-
-class HasBackbone(InTraining, Protocol):
-    """A module of any stage."""
-
-    backbone: Backbone
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer."""
 
 
 class Policy(HasBackbone, Protocol):

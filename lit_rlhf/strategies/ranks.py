@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.backbone import Backbone
 
@@ -24,9 +25,13 @@ class InTraining(Protocol):
 
 
 class HasBackbone(InTraining, Protocol):
-    """A module of ours."""
+    """A module of any stage."""
 
     backbone: Backbone
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer."""
 
 
 def trainer_of(module: InTraining) -> Trainer | None:

@@ -6,10 +6,21 @@ import pytest
 
 from lit_rlhf.cli import main
 
-RUN = (
-    "fit --model PPO --model.model random:tiny --model.optimizer torch.optim.AdamW --data PromptData "
-    "--data.train prompts.jsonl --trainer.accelerator cpu"
-).split()
+RUN = [
+    "fit",
+    "--model",
+    "PPO",
+    "--model.model",
+    "random:tiny",
+    "--model.optimizer",
+    "torch.optim.AdamW",
+    "--data",
+    "PromptData",
+    "--data.train",
+    "prompts.jsonl",
+    "--trainer.accelerator",
+    "cpu",
+]
 
 
 @pytest.mark.parametrize(
